@@ -1,0 +1,40 @@
+# `make demo` and `make test` set up everything they need on a fresh machine.
+PYTHON ?= python3
+BIN := .venv/bin
+DATA ?= data/fashion-mnist
+CIFAR ?= data
+# One thread a process: two test processes with two threads each fight for two cores.
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1
+# Long training: keep large allocations in the heap instead of asking the kernel for each of them.
+TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
+	MALLOC_TOP_PAD_=268435456
+
+.PHONY: demo test lint check lenet comparison clean
+
+demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
+	$(BIN)/python -m examples.quickstart
+
+test: lint check  ## Everything that must pass.
+
+lint: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: .venv/installed
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+
+lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)
+
+comparison: .venv/installed  ## Hours: what examples/results was made with. Restartable.
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison lenet --data-dir $(DATA) --freeze 0.5 0.8
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison batchnorm --data-dir $(CIFAR)
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@

@@ -1,0 +1,1 @@
+"""Data, networks and benchmarks for lightning-wgsef; never imported by the package."""

@@ -1,0 +1,220 @@
+"""Compare ways to the same budget under one protocol, over several seeds.
+
+    python -m examples.comparison lenet --data-dir ../shared/data/fashion-mnist
+    python -m examples.comparison batchnorm --data-dir /tmp/cifar
+
+Every method trains for the same number of epochs on the same batches, fixes its mask at the same
+step and fine-tunes what is left. Every finished run is one JSON file under examples/results; runs
+that have a file are skipped, so a stopped comparison goes on where it was. ``--report`` only prints
+the table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from examples.baselines import GradualMagnitude
+from examples.batches import Batches
+from examples.data import CIFAR10, FashionMNIST, InMemory
+from examples.networks import Classifier, FiveLayerBatchNorm, LeNet5
+from lightning_wgsef import Homotopy, WGSEFCallback, group_parameters
+
+RESULTS = Path(__file__).parent / "results"
+Method = Callable[[dict[str, Any], float], pl.Callback | None]
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network, its data and a budget that tells methods apart."""
+
+    network: Callable[[], nn.Module]
+    data: Callable[[Path], InMemory]
+    k: float
+    exclude: str
+    groupings: tuple[str, ...]
+    methods: tuple[str, ...]
+    epochs: int
+
+
+def _constant(lam: float) -> Method:
+    return lambda groups, freeze: WGSEFCallback(lam=lam, freeze=freeze, **groups)
+
+
+METHODS: dict[str, Method] = {
+    "homotopy": lambda groups, freeze: WGSEFCallback(lam=Homotopy(length=freeze), **groups),
+    "gradual magnitude": lambda groups, freeze: GradualMagnitude(length=freeze, **groups),
+    "one-shot magnitude": _constant(0.0),  # nothing until the projection at the freeze
+    **{f"constant lam {lam:g}": _constant(lam) for lam in (0.03, 0.1, 0.3, 1.0)},
+}
+TASKS = {
+    "lenet": Task(
+        network=LeNet5,
+        data=lambda folder: FashionMNIST(folder, batch_size=128),
+        k=0.1,
+        exclude="*fc3",
+        groupings=("channel",),
+        methods=tuple(METHODS),
+        epochs=5,
+    ),
+    "batchnorm": Task(
+        network=FiveLayerBatchNorm,
+        data=lambda folder: CIFAR10(folder, batch_size=128),
+        k=0.25,
+        exclude="",
+        groupings=("channel", "filter"),
+        methods=("homotopy", "gradual magnitude"),
+        epochs=6,
+    ),
+}
+
+
+class AccuracyAtFreeze(pl.Callback):
+    """Test accuracy right after the optimizer's step at the freeze: before or after the prox.
+
+    Hooks of an optimizer run in the order of their registration, so the instance listed before the
+    pruning callback sees the weights before it acts.
+    """
+
+    def __init__(self, batches: Batches, freeze: float) -> None:
+        self.batches, self.freeze = batches, freeze
+        self.accuracy: float | None = None
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        last = max(1, round(self.freeze * trainer.estimated_stepping_batches))
+        taken = 0
+
+        def after_step(*_: object) -> None:
+            nonlocal taken
+            taken += 1
+            if taken == last:
+                self.accuracy = accuracy(pl_module, self.batches)
+
+        trainer.optimizers[0].register_step_post_hook(after_step)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Share of right answers in percent, in evaluation mode; the mode is restored."""
+    training = model.training
+    model.eval()
+    right = sum(int((model(images).argmax(1) == labels).sum()) for images, labels in batches)
+    model.train(training)
+    return 100 * right / len(batches.labels)
+
+
+def run(task: Task, method: str, grouping: str, freeze: float, seed: int, folder: Path) -> dict:
+    """Train once; the record of the run."""
+    pl.seed_everything(seed)
+    data = task.data(folder)
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    model = Classifier(task.network())
+    arguments = {"k": task.k, "grouping": grouping, "exclude": task.exclude or None}
+    pruning = None if method == "dense" else METHODS[method](arguments, freeze)
+    before, after = (AccuracyAtFreeze(data.test_dataloader(), freeze) for _ in range(2))
+    started = time.time()
+    trainer = pl.Trainer(
+        max_epochs=task.epochs,
+        callbacks=[before, *([pruning] if pruning else []), after],
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    trainer.fit(model, data)
+    groups = group_parameters(model, **arguments)
+    alive = {name: int((norms > 0).sum()) for name, norms in groups.split(groups.norms()).items()}
+    budgets = {layer.name: int(layer.budget) for layer in groups.layers}
+    return {
+        "method": method,
+        "grouping": grouping,
+        "k": task.k,
+        "epochs": task.epochs,
+        "freeze": freeze,
+        "seed": seed,
+        "accuracy": accuracy(model, data.test_dataloader()),
+        "before_freeze": before.accuracy,
+        "after_freeze": after.accuracy,
+        "alive": alive,
+        "budgets": budgets,
+        "seconds": round(time.time() - started, 1),
+        "torch": torch.__version__,
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Mean and standard deviation over seeds as a Markdown table, best first."""
+    runs: dict[tuple[str, str, float], list[dict[str, Any]]] = {}
+    for record in records:
+        key = record["grouping"], record["method"], record["freeze"]
+        runs.setdefault(key, []).append(record)
+    lines = [
+        "| groups | mask fixed | method | accuracy | before the freeze | after it | budget met |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    rows = sorted(runs.items(), key=lambda item: (item[0][0], item[0][2], -_mean(item[1])))
+    for (grouping, method, freeze), group in rows:
+        met = sum(record["alive"] == record["budgets"] for record in group)
+        cells = [_spread(group, key) for key in ("accuracy", "before_freeze", "after_freeze")]
+        if method == "dense":
+            grouping, cells[1:] = "-", ["-", "-"]
+        count = "-" if method == "dense" else f"{met} of {len(group)}"
+        lines.append(f"| {grouping} | {freeze:.0%} | {method} | {' | '.join(cells)} | {count} |")
+    return "\n".join(lines)
+
+
+def _mean(group: list[dict[str, Any]]) -> float:
+    return statistics.mean(record["accuracy"] for record in group)
+
+
+def _spread(group: list[dict[str, Any]], key: str) -> str:
+    values = [record[key] for record in group]
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):.2f} ± {deviation:.2f}"
+
+
+def main() -> None:
+    """Run what has no record yet, then print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=TASKS)
+    parser.add_argument("--data-dir", type=Path, default=Path("data"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--freeze", type=float, nargs="+", default=[0.5])
+    parser.add_argument("--report", action="store_true", help="print the table of finished runs")
+    options = parser.parse_args()
+    torch.set_flush_denormal(True)
+    task = TASKS[options.task]
+    folder = RESULTS / options.task
+    folder.mkdir(parents=True, exist_ok=True)
+    wanted = [("dense", task.groupings[0], options.freeze[0])]
+    wanted += [(m, g, f) for m in task.methods for g in task.groupings for f in options.freeze]
+    for seed in range(0 if options.report else options.seeds):
+        for method, grouping, freeze in wanted:
+            name = f"{method}-{grouping}-{freeze:g}-seed{seed}".replace(" ", "_")
+            path = folder / f"{name}.json"
+            if not path.exists():
+                record = run(task, method, grouping, freeze, seed, options.data_dir)
+                path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
+                path.with_suffix(".part").rename(path)
+                print(f"{name}: {record['accuracy']:.2f} in {record['seconds']} s", flush=True)
+    print(table([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()

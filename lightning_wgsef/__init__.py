@@ -1,0 +1,23 @@
+"""Prune networks while PyTorch Lightning trains them, to a budget named beforehand.
+
+The method is the Weighted Group Sparse Envelope Function of Refael, Arbel and Huleihel (2022, arXiv
+2212.12921): groups of weights compete through the exact proximal step of the envelope.
+"""
+
+from lightning_wgsef.callback import WGSEFCallback as WGSEFCallback
+from lightning_wgsef.envelope import envelope_conjugate as envelope_conjugate
+from lightning_wgsef.envelope import envelope_value as envelope_value
+from lightning_wgsef.envelope import prox_multipliers as prox_multipliers
+from lightning_wgsef.envelope import sparsity_gap as sparsity_gap
+from lightning_wgsef.groupings.registry import group_parameters as group_parameters
+from lightning_wgsef.groups import GroupedLayer as GroupedLayer
+from lightning_wgsef.groups import Groups as Groups
+from lightning_wgsef.groups import Member as Member
+from lightning_wgsef.masks import masks_from_zeros as masks_from_zeros
+from lightning_wgsef.regularizer import WGSEF as WGSEF
+from lightning_wgsef.report import sparsity_report as sparsity_report
+from lightning_wgsef.schedules import Constant as Constant
+from lightning_wgsef.schedules import Homotopy as Homotopy
+from lightning_wgsef.schedules import Warmup as Warmup
+
+__version__ = "0.1.0"

@@ -1,0 +1,195 @@
+"""The Lightning callback: hooks of a few lines each around the regularizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning_wgsef.groupings.registry import Budget, Grouping, check_budget, check_grouping
+from lightning_wgsef.regularizer import WGSEF
+from lightning_wgsef.schedules import Schedule, as_schedule, check_freeze, resolve_debias
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback, LightningModule, Trainer
+else:
+    # pytorch_lightning and lightning.pytorch are two class hierarchies; a Trainer of one rejects a
+    # callback of the other. One class that inherits from both works in both.
+    _packages = [name for name in ("pytorch_lightning", "lightning") if find_spec(name)]
+    _modules = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.pytorch"}
+    _bases = tuple(import_module(_modules[name]).Callback for name in _packages)
+    Callback = type("Callback", _bases, {})
+
+_UNSUPPORTED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+
+
+class WGSEFCallback(Callback):
+    r"""Prune a network while it trains: groups of weights compete for a budget named beforehand.
+
+    Arguments up to ``masks`` are those of `WGSEF`; its default schedule, `Homotopy`, reaches the
+    budget at half of the training run, freezes the mask and fine-tunes in the second half. Works
+    under ``pytorch_lightning`` and ``lightning.pytorch``.
+
+    Logged at Lightning's own intervals, under names that never change over a run:
+    ``wgsef/<layer>/group_sparsity`` (share of zero groups), ``wgsef/<layer>/value``,
+    ``wgsef/<layer>/gap``, and over all layers ``wgsef/sparsity`` (share of the grouped weights that
+    are zero), ``wgsef/value``, ``wgsef/gap``, ``wgsef/step`` (the step size) and ``wgsef/frozen``.
+
+    Args:
+        k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
+            mapping from patterns of layer names to either.
+        lam: a number (the paper's constant), or a schedule; None: `Homotopy`.
+        grouping: "channel", "filter", "element", or a function from a module to `Groups`.
+        include: patterns of layer names; only these are grouped.
+        exclude: patterns of layer names that are left out.
+        debias: share of the ridge that is taken back from the weights that stay; None: the
+            schedule's own.
+        freeze: "converged", a number of steps, a share of training, or None.
+        masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
+            for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
+        name: put into the logged names, and into the key of the saved state; needed for each of
+            several callbacks in one Trainer.
+
+    Attributes:
+        regularizer: the `WGSEF` at work; None before training.
+
+    Raises:
+        ValueError: an argument out of its range, on construction where the model is not needed to
+            see it, else when the fit starts.
+
+    >>> callback = WGSEFCallback(k=0.25, lam=1e-2, grouping="channel")
+    >>> callback.regularizer is None
+    True
+    """
+
+    def __init__(
+        self,
+        k: Budget = 0.5,
+        lam: float | Schedule | None = None,
+        grouping: str | Grouping = "channel",
+        *,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        debias: float | None = None,
+        freeze: str | int | float | None = "converged",
+        masks: str | Path | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        check_budget(k)
+        check_grouping(grouping)
+        check_freeze(freeze)
+        resolve_debias(debias, as_schedule(lam))
+        self.arguments: dict[str, Any] = {
+            "k": k,
+            "lam": lam,
+            "grouping": grouping,
+            "include": include,
+            "exclude": exclude,
+            "debias": debias,
+            "freeze": freeze,
+            "masks": masks,
+        }
+        self.name = name
+        self.regularizer: WGSEF | None = None
+        self._state: Mapping[str, Any] = {}
+
+    @property
+    def state_key(self) -> str:
+        """The key of the callback's state in checkpoints."""
+        return "WGSEFCallback" if self.name is None else f"WGSEFCallback[{self.name}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and masks."""
+        return dict(self._state) if self.regularizer is None else self.regularizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the next fit."""
+        self._state = state_dict
+        self.regularizer = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies under which the weights cannot be edited yet."""
+        names = {base.__name__ for base in type(trainer.strategy).__mro__}
+        for unsupported in _UNSUPPORTED:
+            if stage == "fit" and unsupported in names:
+                raise ValueError(
+                    f"strategy={unsupported} shards the weights and is not supported by "
+                    "WGSEFCallback yet; use strategy='auto' or 'ddp'"
+                )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Group the weights, with everything that can be wrong about them, before training."""
+        earlier = self.regularizer
+        if earlier is not None:
+            # A second fit of the same model goes on where the first one ended.
+            same = earlier.model is pl_module and earlier.attachments
+            self._state = earlier.state_dict() if same else {}
+        # What the saved state continues needs no masks from zeros: it has its own.
+        arguments = {**self.arguments, "masks": None} if self._state else self.arguments
+        self.regularizer = WGSEF(pl_module, **arguments)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(other, WGSEFCallback) and other is not self and other.regularizer:
+                self.regularizer.groups.check_disjoint(other.regularizer.groups)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to this fit's optimizers and continue from the saved state, if any."""
+        assert self.regularizer is not None
+        steps = trainer.estimated_stepping_batches
+        self.regularizer.total_steps = int(steps) if 0 < steps < math.inf else None
+        self.regularizer.attach(*trainer.optimizers)
+        if self._state:
+            self.regularizer.load_state_dict(self._state)
+            self._state = {}
+        if waiting := self.regularizer.waiting():
+            warnings.warn(
+                f"{', '.join(waiting)}: no optimizer trains these layers; they keep all their "
+                "groups until one does (leave them out with exclude to silence this)",
+                stacklevel=2,
+            )
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log."""
+        assert self.regularizer is not None
+        # The public log_every_n_steps would have to be matched with loop internals by hand; the
+        # last batch counts too, so that monitors find the metrics at the end of every epoch.
+        due = trainer._logger_connector.should_update_logs or trainer.is_last_batch
+        if due and not trainer.barebones:
+            self.regularizer.check_finite()
+            prefix = "wgsef" if self.name is None else f"wgsef/{self.name}"
+            metrics = self.regularizer.metrics()
+            pl_module.log_dict({f"{prefix}/{key}": value for key, value in metrics.items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizers; say so if the budget was not reached."""
+        assert self.regularizer is not None
+        self.regularizer.check_finite()
+        self.regularizer.detach()
+        if not self.regularizer.frozen and self.arguments["freeze"] is not None:
+            alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
+            warnings.warn(
+                f"training ended before the mask was frozen; groups alive: {alive}. Train longer, "
+                "or take freeze=0.5 (project onto the budget at half of training) or "
+                "lam=Homotopy(), which reaches the budget by itself",
+                stacklevel=2,
+            )
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the optimizers."""
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._detach()
+
+    def _detach(self) -> None:
+        if self.regularizer is not None:
+            self.regularizer.detach()

@@ -1,0 +1,39 @@
+"""`channel`: one input channel of a convolution, one column of a dense layer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_wgsef.groupings.layers import WeightedLayer, other_layers, weighted_layers
+from lightning_wgsef.groups import GroupedLayer, Groups, Member
+
+
+def channel_groups(model: nn.Module) -> Groups:
+    """Group the weights W[:, c] that read input channel c.
+
+    The first layer is reserved (its channels are the network's input), and so are depthwise
+    convolutions, whose filters read one channel each.
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> groups = channel_groups(network)
+    >>> [(layer.name, layer.count, layer.reserved) for layer in groups.layers]
+    [('0', 3, "first layer: its channels are the network's input"), ('2', 8, '')]
+    """
+    layers = list(weighted_layers(model))
+    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
+    usable = [layer for layer in layers if not layer.problem]
+    grouped = [_channels(layer, first=layer is layers[0]) for layer in usable]
+    return Groups(grouped, {**left_out, **other_layers(model)})
+
+
+def _channels(layer: WeightedLayer, *, first: bool) -> GroupedLayer:
+    axes, index = layer.input_slices()
+    reserved = ""
+    if first:
+        reserved = "first layer: its channels are the network's input"
+    elif layer.split == layer.inputs > 1:
+        reserved = "depthwise: every filter reads one channel only"
+    member = Member(f"{layer.name}.weight", layer.weight, axes, index)
+    return GroupedLayer(
+        layer.name, "channel", layer.inputs, (member,), removable=True, reserved=reserved
+    )

@@ -1,0 +1,25 @@
+"""`element`: every single weight is a group."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_wgsef.groupings.layers import other_layers, weighted_layers
+from lightning_wgsef.groups import GroupedLayer, Groups, Member
+
+
+def element_groups(model: nn.Module) -> Groups:
+    """Group nothing: every entry of a layer's weight stands for itself (biases are left alone).
+
+    >>> [layer.count for layer in element_groups(nn.Linear(3, 2)).layers]
+    [6]
+    """
+    layers = list(weighted_layers(model))
+    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
+    grouped = []
+    for layer in layers:
+        if not layer.problem:
+            axes = tuple(range(layer.weight.dim()))
+            member = Member(f"{layer.name}.weight", layer.weight, axes)
+            grouped.append(GroupedLayer(layer.name, "element", layer.weight.numel(), (member,)))
+    return Groups(grouped, {**left_out, **other_layers(model)})

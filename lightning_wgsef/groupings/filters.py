@@ -1,0 +1,44 @@
+"""`filter`: one output filter of a convolution, one row of a dense layer."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lightning_wgsef.groupings.layers import WeightedLayer, other_layers, weighted_layers
+from lightning_wgsef.groups import GroupedLayer, Groups, Member
+
+
+def filter_groups(model: nn.Module) -> Groups:
+    """Group every output filter W[o] with its bias and its following norm's scale and shift.
+
+    A filter that is zero with all of these gives an output of exactly zero. The last layer is
+    reserved: its filters are the network's outputs.
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
+    >>> groups = filter_groups(network)
+    >>> [member.name for member in groups.layers[0].members]
+    ['0.weight', '0.bias', '1.weight', '1.bias']
+    >>> groups.layers[1].reserved
+    "last layer: its filters are the network's outputs"
+    """
+    layers = list(weighted_layers(model))
+    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
+    usable = [layer for layer in layers if not layer.problem]
+    grouped = [_filters(layer, last=layer is layers[-1]) for layer in usable]
+    return Groups(grouped, {**left_out, **other_layers(model)})
+
+
+def _filters(layer: WeightedLayer, *, last: bool) -> GroupedLayer:
+    axes, index = layer.output_slices()
+    members = [Member(f"{layer.name}.weight", layer.weight, axes, index)]
+    vectors = [(layer.name, layer.module, "bias")]
+    if layer.norm is not None:
+        vectors += [(*layer.norm, "weight"), (*layer.norm, "bias")]
+    for owner, module, name in vectors:
+        parameter = getattr(module, name, None)
+        if isinstance(parameter, nn.Parameter):
+            members.append(Member(f"{owner}.{name}", parameter, axes=(0,)))
+    reserved = "last layer: its filters are the network's outputs" if last else ""
+    return GroupedLayer(
+        layer.name, "filter", layer.outputs, tuple(members), removable=True, reserved=reserved
+    )

@@ -1,0 +1,184 @@
+"""The names of groupings, and the choice of layers and budgets: `group_parameters`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from numbers import Integral, Real
+
+import torch
+from torch import nn
+
+from lightning_wgsef.groupings.channels import channel_groups
+from lightning_wgsef.groupings.elements import element_groups
+from lightning_wgsef.groupings.filters import filter_groups
+from lightning_wgsef.groups import GroupedLayer, Groups
+
+Grouping = Callable[[nn.Module], Groups]
+Budget = int | float | Mapping[str, int | float]
+
+GROUPINGS: dict[str, Grouping] = {
+    "channel": channel_groups,
+    "element": element_groups,
+    "filter": filter_groups,
+}
+
+
+def group_parameters(
+    model: nn.Module,
+    grouping: str | Grouping = "channel",
+    k: Budget = 0.5,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+) -> Groups:
+    """The groups of ``model`` with a budget for every layer; print the result to see them.
+
+    Args:
+        model: any module.
+        grouping: a name (`channel`, `filter`, `element`), or a function from a module to `Groups`.
+        k: the budget of every layer: a number of groups (int), a share of its groups (float in
+            (0, 1], rounded to the nearest number, at least one), or a mapping from patterns of
+            layer names to either; the first pattern that matches a layer counts, and layers
+            that none matches are left out.
+        include: patterns of layer names; only these are grouped. A layer that is left out by rule
+            (the image's channels, the classifier's outputs, frozen layers) is grouped if
+            ``include`` gives its exact name.
+        exclude: patterns of layer names that are left out.
+
+    A pattern is a name with wildcards as in file names; it stands for the modules inside, too.
+
+    Raises:
+        ValueError: an unknown grouping, a budget outside its range, a pattern that matches no
+            layer, a model without a layer to group, or groups that share weights.
+
+    >>> network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> print(group_parameters(network, "channel", k=0.25))
+    layer  grouping  groups  weights each  budget  removable
+    2       channel       8            36       2        yes
+    left out: 0: first layer: its channels are the network's input
+    """
+    check_grouping(grouping)
+    found = (GROUPINGS[grouping] if isinstance(grouping, str) else grouping)(model)
+    if not isinstance(found, Groups):
+        raise ValueError(f"grouping must return Groups, {grouping!r} returned {type(found)}")
+    found.check_disjoint()
+    names = [layer.name for layer in found.layers]
+    included = _patterns("include", include, names)
+    excluded = _patterns("exclude", exclude, names)
+    if isinstance(k, Mapping):
+        _patterns("k", list(k), names)
+    check_budget(k)
+    left_out, layers = dict(found.left_out), []
+    for layer in found.layers:
+        reason = _reason_to_leave_out(layer, included, excluded, k)
+        if reason:
+            left_out[layer.name] = reason
+        else:
+            layers.append(replace(layer, budget=_budget(layer, k)))
+    if not layers:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+        raise ValueError(
+            f"{type(model).__name__} has no layer that grouping={_name(grouping)!r} can group"
+            f"{reasons or ': it has no weights'}"
+        )
+    return Groups(layers, left_out)
+
+
+def check_grouping(grouping: str | Grouping) -> None:
+    """Raise `ValueError` unless ``grouping`` is a known name or a function.
+
+    >>> check_grouping("chanel")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: grouping must be 'channel', 'element', 'filter' or a function...
+    """
+    if not callable(grouping) and grouping not in GROUPINGS:
+        names = [repr(name) for name in sorted(GROUPINGS)]
+        raise ValueError(
+            f"grouping must be {', '.join(names[:-1])}, {names[-1]} or a function from a module to "
+            f"Groups, got {grouping!r}"
+        )
+
+
+def check_budget(k: Budget) -> None:
+    """Raise `ValueError` unless k is a count, a share, or a mapping of patterns to either.
+
+    >>> check_budget(1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: k must be a number of groups (int >= 1) or a share (float in (0, 1]), got 1.5
+    """
+    if isinstance(k, Mapping):
+        if not k:
+            raise ValueError("k is an empty mapping: give at least one pattern and its budget")
+        for pattern, value in k.items():
+            _check_one_budget(f"k[{pattern!r}]", value)
+    else:
+        _check_one_budget("k", k)
+
+
+def _check_one_budget(name: str, k: object) -> None:
+    if isinstance(k, Integral) and not isinstance(k, bool):
+        valid = int(k) >= 1
+    else:
+        valid = isinstance(k, Real) and not isinstance(k, bool) and 0 < float(k) <= 1
+    if not valid:
+        raise ValueError(
+            f"{name} must be a number of groups (int >= 1) or a share (float in (0, 1]), got {k!r}"
+        )
+
+
+def _name(grouping: str | Grouping) -> str:
+    return grouping if isinstance(grouping, str) else getattr(grouping, "__name__", "custom")
+
+
+def _patterns(
+    argument: str, patterns: str | Sequence[str] | None, names: Iterable[str]
+) -> list[str] | None:
+    if patterns is None:
+        return None
+    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    for pattern in listed:
+        if not any(_matches(pattern, name) for name in names):
+            raise ValueError(
+                f"{argument}: the pattern {pattern!r} matches no layer; the layers are "
+                f"{', '.join(names) or '(none)'}"
+            )
+    return listed
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def _reason_to_leave_out(
+    layer: GroupedLayer, included: list[str] | None, excluded: list[str] | None, k: Budget
+) -> str:
+    if excluded and any(_matches(pattern, layer.name) for pattern in excluded):
+        return "named in exclude"
+    if included is not None and not any(_matches(pattern, layer.name) for pattern in included):
+        return "not named in include"
+    if isinstance(k, Mapping) and not any(_matches(pattern, layer.name) for pattern in k):
+        return "no pattern of k matches it"
+    if included is None or layer.name not in included:
+        weight = layer.largest_member
+        frozen = "" if weight.parameter.requires_grad else f"frozen: {weight.name} has no gradient"
+        return frozen or layer.reserved
+    return ""
+
+
+def _budget(layer: GroupedLayer, k: Budget) -> float:
+    if isinstance(k, Mapping):
+        k = next(value for pattern, value in k.items() if _matches(pattern, layer.name))
+    total = layer.count if layer.costs is None else float(layer.costs.to(torch.float64).sum())
+    if isinstance(k, Integral):
+        if k > total:
+            raise ValueError(
+                f"k = {k} is more than the {layer.count} groups of layer '{layer.name}' "
+                f"({layer.grouping}); name a share, a mapping of patterns, or exclude the layer"
+            )
+        return float(k)
+    return max(1.0, math.floor(k * total + 0.5)) if layer.costs is None else k * total

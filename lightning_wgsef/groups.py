@@ -1,0 +1,274 @@
+"""What a group is: slices of one or several parameters that live and die together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lightning_wgsef.tables import format_table
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Slices of one parameter, each belonging to a group.
+
+    A slice is what is left of the parameter after fixing an index on each of ``axes``.
+
+    Attributes:
+        name: canonical name of the parameter in the model.
+        parameter: the parameter itself.
+        axes: axes along which the groups lie, in increasing order; the others are summed over.
+        index: group of every slice, shape (number of slices,), -1 for "in no group"; None: slice i
+            belongs to group i.
+
+    The filters of a convolution lie along axis 0, its input channels along axis 1, single weights
+    along all axes:
+
+    >>> weight = torch.nn.Parameter(torch.ones(8, 3, 5, 5))
+    >>> Member("conv.weight", weight, axes=(0,)).slices
+    8
+    >>> Member("conv.weight", weight, axes=(0, 1, 2, 3)).slices
+    600
+    """
+
+    name: str
+    parameter: Tensor
+    axes: tuple[int, ...]
+    index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dimensions = self.parameter.dim()
+        rising = all(a < b for a, b in zip(self.axes, self.axes[1:], strict=False))
+        if not self.axes or not rising or not all(0 <= a < dimensions for a in self.axes):
+            raise ValueError(
+                f"axes of '{self.name}' must be increasing and within 0..{dimensions - 1} "
+                f"(shape {tuple(self.parameter.shape)}), got {self.axes}"
+            )
+        if self.index is not None and self.index.shape != (self.slices,):
+            raise ValueError(
+                f"index of '{self.name}' must have one entry for each of its {self.slices} slices, "
+                f"got shape {tuple(self.index.shape)}"
+            )
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return math.prod(self.parameter.shape[a] for a in self.axes)
+
+    @property
+    def slice_size(self) -> int:
+        """Number of weights in one slice."""
+        return self.parameter.numel() // max(self.slices, 1)
+
+    def squared_norms(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Squared norm of every slice of ``values`` (shaped like the parameter), in ``dtype``."""
+        summed = [a for a in range(values.dim()) if a not in self.axes]
+        if not summed:
+            return values.to(dtype).square().flatten()
+        norms: Tensor = torch.linalg.vector_norm(values, dim=summed, dtype=dtype)
+        return norms.square().flatten()
+
+    def along(self, per_group: Tensor, outside: float | bool) -> Tensor:
+        """``per_group`` laid along the parameter, to broadcast with it; ``outside`` elsewhere."""
+        per_slice = per_group
+        if self.index is not None:
+            per_slice = torch.cat([per_group, per_group.new_full((1,), outside)])[self.index]
+        shape = [n if a in self.axes else 1 for a, n in enumerate(self.parameter.shape)]
+        return per_slice.view(shape)
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedLayer:
+    """The groups of one layer, which compete for one budget.
+
+    Attributes:
+        name: canonical name of the layer, under which it is reported.
+        grouping: name of the grouping that made the groups.
+        count: number of groups.
+        members: where the groups' weights are.
+        removable: whether zero groups can be taken out of the network.
+        reserved: why the layer is left out unless the user names it; "" for "it is not".
+        weights: penalty weights w_j > 0, shape (count,); None: 1.
+        costs: costs c_j > 0, shape (count,); None: 1.
+        budget: K in units of cost.
+
+    Raises:
+        ValueError: an index or a tensor does not fit ``count``.
+    """
+
+    name: str
+    grouping: str
+    count: int
+    members: tuple[Member, ...]
+    removable: bool = False
+    reserved: str = ""
+    weights: Tensor | None = None
+    costs: Tensor | None = None
+    budget: float = field(default=math.inf)
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            highest = member.slices - 1 if member.index is None else int(member.index.max())
+            if highest >= self.count or (member.index is None and member.slices != self.count):
+                raise ValueError(
+                    f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
+                    f"has {self.count} groups"
+                )
+        for name, values in (("weights", self.weights), ("costs", self.costs)):
+            if values is not None and (
+                values.shape != (self.count,) or not bool((values > 0).all())
+            ):
+                raise ValueError(
+                    f"{name} of layer '{self.name}' must be positive, of shape ({self.count},)"
+                )
+
+    @property
+    def largest_member(self) -> Member:
+        """The member with most weights: its optimizer settings are those of the groups."""
+        return max(self.members, key=lambda member: member.parameter.numel())
+
+    def sizes(self) -> Tensor:
+        """Number of weights in every group, shape (count,), float64."""
+        sizes = torch.zeros(self.count, dtype=torch.float64)
+        for member in self.members:
+            size = torch.full((member.slices,), float(member.slice_size), dtype=torch.float64)
+            sizes += _gather(size, member.index, self.count)
+        return sizes
+
+
+class Groups:
+    """All groups of a model, layer after layer, with their budgets.
+
+    Attributes:
+        layers: the grouped layers.
+        left_out: name of every layer that is not grouped, and the reason.
+
+    >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
+    >>> rows = GroupedLayer("fc", "mine", 2, (Member("fc.weight", weight, axes=(0,)),), budget=1)
+    >>> groups = Groups([rows])
+    >>> groups.norms()
+    tensor([5., 1.])
+    >>> groups.scale_(torch.tensor([0.5, 0.0]))
+    >>> weight.tolist()
+    [[1.5, 2.0], [0.0, 0.0]]
+    """
+
+    def __init__(
+        self, layers: Iterable[GroupedLayer], left_out: Mapping[str, str] | None = None
+    ) -> None:
+        self.layers = tuple(layers)
+        self.left_out = dict(left_out or {})
+        self.counts = [layer.count for layer in self.layers]
+        parameters = [m.parameter for layer in self.layers for m in layer.members]
+        device = parameters[0].device if parameters else torch.device("cpu")
+        wide = any(p.dtype == torch.float64 for p in parameters)
+        self._dtype = torch.float64 if wide else torch.float32
+        numbers = torch.arange(len(self.layers))
+        self.segments = numbers.repeat_interleave(torch.tensor(self.counts, dtype=torch.long))
+        self.segments = self.segments.to(device)
+        budgets = [min(layer.budget, 1e300) for layer in self.layers]
+        self.budgets = torch.tensor(budgets, dtype=torch.float64).to(device)
+        self.weights = self._joined([layer.weights for layer in self.layers], device)
+        self.costs = self._joined([layer.costs for layer in self.layers], device)
+        self.sizes = torch.cat([torch.zeros(0), *(layer.sizes() for layer in self.layers)])
+        self.sizes = self.sizes.to(device)
+
+    def _joined(self, values: list[Tensor | None], device: torch.device) -> Tensor | None:
+        if all(value is None for value in values):
+            return None
+        ones = [torch.ones(n) if v is None else v for n, v in zip(self.counts, values, strict=True)]
+        return torch.cat([value.to(device, self._dtype) for value in ones])
+
+    def __len__(self) -> int:
+        return sum(self.counts)
+
+    def only(self, names: Iterable[str]) -> Groups:
+        """The layers with these names."""
+        wanted = set(names)
+        return Groups([layer for layer in self.layers if layer.name in wanted])
+
+    def split(self, per_group: Tensor) -> dict[str, Tensor]:
+        """A vector over all groups, shape (m,), as one vector for every layer."""
+        parts = torch.split_with_sizes(per_group, self.counts)
+        return {layer.name: part for layer, part in zip(self.layers, parts, strict=True)}
+
+    def join(self, per_layer: Mapping[str, Tensor]) -> Tensor:
+        """The reverse of `split`."""
+        return torch.cat([per_layer[layer.name].to(self.segments.device) for layer in self.layers])
+
+    @torch.no_grad()
+    def norms(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Norm of every group, shape (m,), accumulated in float32 (float64 for float64 weights).
+
+        Args:
+            values: tensors to use instead of the parameters, by parameter name.
+        """
+        squares = []
+        for layer in self.layers:
+            total = torch.zeros(layer.count, dtype=self._dtype, device=self.segments.device)
+            for member in layer.members:
+                tensor = member.parameter if values is None else values[member.name]
+                parts = member.squared_norms(tensor, self._dtype)
+                total += _gather(parts, member.index, layer.count)
+            squares.append(total)
+        return torch.cat(squares).sqrt() if squares else torch.zeros(0)
+
+    @torch.no_grad()
+    def scale_(self, factors: Tensor) -> None:
+        """Multiply every group by its factor, shape (m,), in place."""
+        parts = self.split(factors)
+        for layer in self.layers:
+            for member in layer.members:
+                part = parts[layer.name]
+                member.parameter.mul_(member.along(part, 1.0).to(member.parameter.dtype))
+
+    def check_disjoint(self, other: Groups | None = None) -> None:
+        """Refuse a weight that two groups claim, inside these groups or between these and others.
+
+        Raises:
+            ValueError: names the parameter and both layers.
+        """
+        claims: dict[int, list[tuple[GroupedLayer, Member]]] = {}
+        for layer in (*self.layers, *(other.layers if other is not None else ())):
+            for member in layer.members:
+                claims.setdefault(id(member.parameter), []).append((layer, member))
+        for owners in claims.values():
+            for (first, one), (second, two) in combinations(owners, 2):
+                if bool((_claim(first, one) & _claim(second, two)).any()):
+                    raise ValueError(
+                        f"groups overlap: weights of '{one.name}' belong to '{first.name}' "
+                        f"({first.grouping}) and to '{second.name}' ({second.grouping}); leave one "
+                        "of the two out with include or exclude"
+                    )
+
+    def __str__(self) -> str:
+        header = ["layer", "grouping", "groups", "weights each", "budget", "removable"]
+        rows = []
+        for layer in self.layers:
+            smallest, largest = int(layer.sizes().min()), int(layer.sizes().max())
+            size = f"{smallest}" if smallest == largest else f"{smallest}-{largest}"
+            budget = f"{layer.budget:g}" if math.isfinite(layer.budget) else "-"
+            removable = "yes" if layer.removable else "no"
+            rows.append([layer.name, layer.grouping, f"{layer.count}", size, budget, removable])
+        lines = [format_table(header, rows)]
+        lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
+        return "\n".join(lines)
+
+
+def _claim(layer: GroupedLayer, member: Member) -> Tensor:
+    """Which weights of the member's parameter belong to a group, shaped to broadcast with it."""
+    inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
+    return member.along(inside, False)
+
+
+def _gather(per_slice: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """Sum slices into their groups; slices of group -1 are dropped."""
+    if index is None:
+        return per_slice
+    totals = per_slice.new_zeros(count + 1)
+    return totals.index_add_(0, index.to(per_slice.device) % (count + 1), per_slice)[:count]

@@ -1,0 +1,122 @@
+"""Masks: which groups are alive, kept that way after the freeze; and when they have converged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groups import Groups
+
+Masks = dict[str, Tensor]
+"""For every layer, by name, a boolean for every group: alive?"""
+
+
+def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = None) -> Masks:
+    """The masks that the weights already have: a group is dead where all its weights are zero.
+
+    Args:
+        groups: the groups of a model, as `group_parameters` makes them.
+        state_dict: look at these weights instead of the model's own.
+
+    Raises:
+        ValueError: no group is zero, or ``state_dict`` lacks a weight or has another shape.
+
+    >>> from lightning_wgsef.groupings.registry import group_parameters
+    >>> network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    >>> _ = network[1].weight.data[:, 1].zero_()
+    >>> masks_from_zeros(group_parameters(network, "channel"))
+    {'1': tensor([ True, False,  True])}
+    """
+    values = None
+    if state_dict is not None:
+        values = {canonical_name(name): tensor for name, tensor in state_dict.items()}
+        for layer in groups.layers:
+            for member in layer.members:
+                _check_like(member.name, values.get(member.name), member.parameter)
+    alive = groups.norms(values) > 0
+    if bool(alive.all()):
+        raise ValueError(
+            f"no group is zero in {', '.join(layer.name for layer in groups.layers)}: these "
+            "weights are not pruned (for this grouping), so there is no mask to take from them"
+        )
+    return groups.split(alive)
+
+
+def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:
+    """Set dead groups to exactly zero, in place."""
+    for layer in groups.layers:
+        alive = masks[layer.name]
+        for member in layer.members:
+            dead = ~member.along(alive, True)
+            member.parameter.detach().masked_fill_(dead.to(member.parameter.device), 0)
+
+
+def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Zero the optimizer's moments of dead groups: all state that is shaped like its parameter."""
+    for layer in groups.layers:
+        for member in layer.members:
+            dead = ~member.along(masks[layer.name], True)
+            for value in optimizer.state.get(member.parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == member.parameter.shape:
+                    value.masked_fill_(dead.to(value.device), 0)
+
+
+def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
+    """The masks of the weights in a checkpoint: Lightning's, or a plain ``state_dict``.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, of another model, or without a zero group.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+        raise ValueError(f"masks: {str(path)!r} cannot be read as a checkpoint: {error}") from error
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict):
+        raise ValueError(f"masks: {str(path)!r} holds {type(content).__name__}, no state_dict")
+    return masks_from_zeros(groups, state_dict)
+
+
+@dataclass
+class Convergence:
+    """Has the set of live groups settled within the budget?
+
+    Converged: the sparsity gap is at most ``tolerance`` of the value in every layer and the set of
+    live groups has been the same for ``patience`` looks in a row.
+    """
+
+    tolerance: float = 1e-6
+    patience: int = 4
+    unchanged: int = 0
+    alive: Tensor | None = None
+
+    def look(self, alive: Tensor, gap: Tensor, value: Tensor) -> bool:
+        """Record a look at the live groups, shape (m,), gap and value, shape (S,); converged?
+
+        >>> convergence, within = Convergence(patience=2), torch.tensor([0.0])
+        >>> alive = torch.tensor([True, False])
+        >>> [convergence.look(alive, within, torch.tensor([1.0])) for _ in range(3)]
+        [False, False, True]
+        """
+        settled = bool((gap <= self.tolerance * value).all())
+        same = self.alive is not None and torch.equal(alive, self.alive)
+        self.unchanged = self.unchanged + 1 if settled and same else 0
+        self.alive = alive
+        return self.unchanged >= self.patience
+
+
+def _check_like(name: str, found: Tensor | None, parameter: Tensor) -> None:
+    if found is None:
+        raise ValueError(f"the checkpoint has no weight '{name}': it is of another model")
+    if found.shape != parameter.shape:
+        raise ValueError(
+            f"the checkpoint's '{name}' has shape {tuple(found.shape)}, the model's has "
+            f"{tuple(parameter.shape)}: it is of another model"
+        )

@@ -1,0 +1,272 @@
+"""The regularizer: groups of a model that compete for their budgets while optimizers train them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_wgsef.attachment import Attachment, trained_by
+from lightning_wgsef.envelope import envelope_value, sparsity_gap
+from lightning_wgsef.groupings.registry import Budget, Grouping, group_parameters
+from lightning_wgsef.groups import Groups
+from lightning_wgsef.masks import Masks, masks_from_checkpoint, masks_from_zeros
+from lightning_wgsef.schedules import (
+    Schedule,
+    as_schedule,
+    check_freeze,
+    check_length,
+    resolve_debias,
+)
+
+
+class WGSEF:
+    r"""Weighted group sparse envelope regularization of a model, for any training loop.
+
+    After every step of an attached optimizer the weights are replaced by the proximal step of the
+    envelope (see `prox_multipliers`); once the mask is frozen, dead groups are set to zero instead.
+
+    Args:
+        model: the network.
+        k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
+            mapping from patterns of layer names to either. Ignored with ``masks``.
+        lam: a number (the paper's constant :math:`\lambda`, step size learning rate times lam), or
+            a schedule. The default `Homotopy` reaches the budget exactly, without a jump.
+        grouping: what a group is, see `group_parameters`.
+        include: patterns of layer names; only these are grouped.
+        exclude: patterns of layer names that are left out.
+        debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
+            None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
+        freeze: when the mask is fixed: "converged" (at the end of a `Homotopy`; otherwise when the
+            budget is kept and the live groups no longer change), a number of steps (int) or a
+            share of training (float), at which the weights are projected onto the budget, or None
+            (never).
+        masks: "from_zeros": keep the zero groups that the model already has, from the first step;
+            a path: those of a checkpoint; None: find them.
+        total_steps: how many steps training lasts; needed where a schedule or ``freeze`` is a
+            share of training.
+
+    Attributes:
+        groups: the groups, with budgets; ``print(regularizer.groups)`` shows them.
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what would
+            be accepted.
+
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> from lightning_wgsef.schedules import Homotopy
+    >>> regularizer = WGSEF(model, k=2, lam=Homotopy(length=20)).attach(optimizer)
+    >>> inputs = torch.randn(16, 4)
+    >>> for _ in range(30):
+    ...     optimizer.zero_grad()
+    ...     loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+    ...     loss.backward()
+    ...     _ = optimizer.step()  # the proximal step follows by itself
+    >>> regularizer.frozen, int((model[2].weight != 0).sum())
+    (True, 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        k: Budget = 0.5,
+        lam: float | Schedule | None = None,
+        grouping: str | Grouping = "channel",
+        *,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        debias: float | None = None,
+        freeze: str | int | float | None = "converged",
+        masks: str | Path | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        self.schedule = as_schedule(lam)
+        self.debias = resolve_debias(debias, self.schedule)
+        check_freeze(freeze)
+        if total_steps is not None:
+            check_length("total_steps", total_steps)
+        self.freeze_rule = freeze
+        self.total_steps = total_steps
+        self.model = model
+        budget = 1.0 if masks is not None else k
+        self.groups = group_parameters(model, grouping, budget, include=include, exclude=exclude)
+        self.attachments: list[Attachment] = []
+        self._given_masks: Masks | None = None
+        if masks == "from_zeros":
+            self._given_masks = masks_from_zeros(self.groups)
+        elif masks is not None:
+            self._given_masks = masks_from_checkpoint(self.groups, masks)
+        self._optimizers: list[tuple[Optimizer, int, Callable[[], None]]] = []
+
+    @property
+    def frozen(self) -> bool:
+        """Are the masks of all trained layers fixed?"""
+        return bool(self.attachments) and all(part.frozen for part in self.attachments)
+
+    @property
+    def masks(self) -> Masks:
+        """For every layer a boolean for every group: alive? Frozen masks, else live norms."""
+        masks = self.groups.split(self.groups.norms() > 0)
+        for part in self.attachments:
+            masks.update(part.masks or {})
+        return masks
+
+    def attach(self, *optimizers: Optimizer) -> WGSEF:
+        """Act after every step of ``optimizers`` from now on; returns the regularizer.
+
+        Layers whose parameters enter an optimizer later (``add_param_group``) join then.
+
+        Raises:
+            ValueError: no optimizer trains a layer that is grouped, a layer is spread over
+                optimizers, or a share of training is asked for and ``total_steps`` is not known.
+        """
+        for optimizer in optimizers:
+            self._adopt(optimizer)
+        if not self.attachments:
+            raise ValueError(
+                "no optimizer trains any of the grouped layers "
+                f"{', '.join(layer.name for layer in self.groups.layers)}"
+            )
+        for optimizer in optimizers:
+            self._optimizers.append(self._hooked(optimizer))
+        return self
+
+    def waiting(self) -> list[str]:
+        """Names of the grouped layers that no attached optimizer trains yet."""
+        attached = {layer.name for part in self.attachments for layer in part.groups.layers}
+        return [layer.name for layer in self.groups.layers if layer.name not in attached]
+
+    def detach(self) -> None:
+        """Leave all optimizers alone; masks, counters and groups stay readable."""
+        for _, _, remove in self._optimizers:
+            remove()
+        self._optimizers.clear()
+
+    def step(self, optimizer: Optimizer) -> None:
+        """What `attach` does after every step of ``optimizer``.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; nothing was changed.
+        """
+        for number, (attached, size, remove) in enumerate(self._optimizers):
+            if attached is optimizer and size != _parameter_count(optimizer):
+                self._adopt(optimizer)
+                self._optimizers[number] = (attached, _parameter_count(optimizer), remove)
+        for part in self.attachments:
+            if part.optimizer is optimizer:
+                part.after_step()
+
+    def value(self) -> Tensor:
+        """Value of the envelope in every layer, shape (S,)."""
+        groups = self.groups
+        return envelope_value(groups.norms(), groups.budgets, **self._competition())
+
+    def gap(self) -> Tensor:
+        """Sparsity gap in every layer, shape (S,); 0 where the budget is kept."""
+        groups = self.groups
+        return sparsity_gap(groups.norms(), groups.budgets, **self._competition())
+
+    def check_finite(self) -> None:
+        """Raise for NaN or infinite weights met on an accelerator, where steps do not wait.
+
+        Raises:
+            FloatingPointError: names the layers.
+        """
+        for part in self.attachments:
+            part.check_finite()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers to log, always under the same names; on the model's device, nothing waits."""
+        groups = self.groups
+        alive = groups.norms() > 0
+        values, gaps = self.value(), self.gap()
+        device = groups.segments.device
+        steps = [torch.as_tensor(part.step_size, device=device).max() for part in self.attachments]
+        metrics = {}
+        parts = groups.split(alive).items()
+        for (name, part), value, gap in zip(parts, values, gaps, strict=True):
+            metrics[f"{name}/group_sparsity"] = 1 - part.float().mean()
+            metrics[f"{name}/value"] = value
+            metrics[f"{name}/gap"] = gap
+        metrics["sparsity"] = (groups.sizes * ~alive).sum() / groups.sizes.sum()
+        metrics["value"] = values.sum()
+        metrics["gap"] = gaps.sum()
+        metrics["step"] = max(steps, default=torch.zeros(()))
+        metrics["frozen"] = torch.tensor(float(self.frozen))
+        return {name: number.float() for name, number in metrics.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and masks, in plain types and tensors (loads under ``weights_only=True``)."""
+        return {"attachments": [part.state_dict() for part in self.attachments]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, after the optimizers were attached.
+
+        Raises:
+            ValueError: the state is of other layers or groups, or no optimizer trains them.
+        """
+        optimizers = {
+            layer.name: part.optimizer for part in self.attachments for layer in part.groups.layers
+        }
+        counts = dict(zip((x.name for x in self.groups.layers), self.groups.counts, strict=True))
+        restored = []
+        for saved in state["attachments"]:
+            layers: dict[str, int] = saved["layers"]
+            unknown = {n: m for n, m in layers.items() if counts.get(n) != m or n not in optimizers}
+            if unknown:
+                raise ValueError(
+                    f"the saved state is of other groups: it has {unknown} (layer: groups), this "
+                    f"model has {counts}, of which optimizers train {list(optimizers)}; resume "
+                    "with the same model, grouping, include and exclude, or start without it"
+                )
+            part = self._attachment(
+                self.groups.only(layers), optimizers[next(iter(layers))], saved["total_steps"]
+            )
+            part.load_state_dict(saved)
+            restored.append(part)
+        known = {name for saved in state["attachments"] for name in saved["layers"]}
+        fresh = [
+            part for part in self.attachments
+            if not known & {layer.name for layer in part.groups.layers}
+        ]  # fmt: skip
+        self.attachments = restored + fresh
+
+    def _hooked(self, optimizer: Optimizer) -> tuple[Optimizer, int, Callable[[], None]]:
+        # The hook must stay out of a compiled optimizer step. torch leaves `disable` untyped.
+        hook = torch.compiler.disable(lambda *_: self.step(optimizer))  # type: ignore[no-untyped-call]
+        handle = optimizer.register_step_post_hook(hook)
+        return optimizer, _parameter_count(optimizer), handle.remove
+
+    def _adopt(self, optimizer: Optimizer) -> None:
+        """Take on the layers that the optimizer trains and that are not attached yet."""
+        waiting = self.waiting()
+        names = [name for name in trained_by(self.groups, optimizer) if name in waiting]
+        if names:
+            taken = max((p.taken for p in self.attachments if p.optimizer is optimizer), default=0)
+            left = None if self.total_steps is None else max(self.total_steps - taken, 1)
+            self.attachments.append(self._attachment(self.groups.only(names), optimizer, left))
+
+    def _attachment(self, groups: Groups, optimizer: Optimizer, total: int | None) -> Attachment:
+        masks = self._given_masks
+        return Attachment(
+            groups,
+            optimizer,
+            self.schedule,
+            debias=self.debias,
+            freeze=self.freeze_rule,
+            total_steps=total,
+            masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},
+        )
+
+    def _competition(self) -> dict[str, Tensor | None]:
+        groups = self.groups
+        return {"weights": groups.weights, "costs": groups.costs, "segments": groups.segments}
+
+
+def _parameter_count(optimizer: Optimizer) -> int:
+    return sum(len(param_group["params"]) for param_group in optimizer.param_groups)

@@ -1,0 +1,155 @@
+"""What is sparse: groups, weights and operations, as plain data and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from lightning_wgsef.groupings.layers import canonical_name, weighted_layers
+from lightning_wgsef.groups import Groups
+from lightning_wgsef.tables import format_table
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer.
+
+    Attributes:
+        name: its name.
+        groups: number of groups, 0 if the layer is not grouped.
+        groups_alive: how many of them are not zero.
+        budget: K, in units of cost; None if the layer is not grouped.
+        parameters: number of weights.
+        parameters_alive: how many of them are not exactly zero.
+        flops: multiply and add operations of the dense layer; None without an example input.
+        flops_alive: those left when rows and columns of the weight that are zero are skipped.
+        note: why the layer is not grouped.
+    """
+
+    name: str
+    groups: int
+    groups_alive: int
+    budget: float | None
+    parameters: int
+    parameters_alive: int
+    flops: int | None
+    flops_alive: int | None
+    note: str
+
+
+@dataclass(frozen=True)
+class SparsityReport:
+    """A model's layers, and all of its parameters (norms included)."""
+
+    layers: tuple[LayerReport, ...]
+    parameters: int
+    parameters_alive: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, ready for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        header = ["layer", "groups alive", "budget", "parameters alive", "FLOPs alive"]
+        rows = []
+        for layer in self.layers:
+            groups = f"{layer.groups_alive} / {layer.groups}" if layer.groups else "-"
+            budget = "-" if layer.budget is None else f"{layer.budget:g}"
+            parameters = f"{layer.parameters_alive:,} / {layer.parameters:,}"
+            rows.append([layer.name, groups, budget, parameters, _pair(layer)])
+        flops = [layer.flops for layer in self.layers if layer.flops is not None]
+        flops_alive = [layer.flops_alive for layer in self.layers if layer.flops_alive is not None]
+        total = f"{sum(flops_alive):,} / {sum(flops):,}" if flops else "-"
+        parameters = f"{self.parameters_alive:,} / {self.parameters:,}"
+        rows.append(["all", "", "", parameters, total])
+        notes = [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
+        return "\n".join([format_table(header, rows), *notes])
+
+
+def sparsity_report(
+    model: nn.Module, groups: Groups, example_input: Any | None = None
+) -> SparsityReport:
+    """Count what is left of a model.
+
+    FLOPs are torch's own count (two a multiply-add) of one forward pass, a layer at a time: those
+    alive are what is left when the zero rows (filters) and zero columns (channels) of this layer's
+    weight are skipped. Removing a channel's producer as well saves more than that.
+
+    Args:
+        model: the model.
+        groups: its groups, as `group_parameters` makes them or as a regularizer's ``groups``.
+        example_input: a tensor, or a tuple of the arguments of ``forward``, for the FLOPs.
+
+    >>> from lightning_wgsef.groupings.registry import group_parameters
+    >>> network = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
+    >>> _ = network[1].weight.data[:, :3].zero_()
+    >>> report = sparsity_report(network, group_parameters(network), torch.ones(1, 4))
+    >>> print(report)
+    layer  groups alive  budget  parameters alive  FLOPs alive
+    0                 -       -           30 / 30      48 / 48
+    1             3 / 6       3            8 / 14      12 / 24
+    all                                   38 / 44      60 / 72
+    0: first layer: its channels are the network's input
+    """
+    flops = {} if example_input is None else _flops(model, example_input)
+    grouped = {layer.name: layer for layer in groups.layers}
+    alive = groups.split(groups.norms() > 0)
+    parameters = list(model.parameters())
+    rows = []
+    for layer in weighted_layers(model):
+        own = list(layer.module.parameters(recurse=False))
+        dense = flops.get(layer.name)
+        budget = grouped[layer.name].budget if layer.name in grouped else None
+        count = alive.get(layer.name, torch.zeros(0))
+        rows.append(
+            LayerReport(
+                name=layer.name,
+                groups=len(count),
+                groups_alive=int(count.sum()),
+                budget=budget,
+                parameters=sum(p.numel() for p in own),
+                parameters_alive=_nonzero(own),
+                flops=dense,
+                flops_alive=None if dense is None else round(dense * _live_share(layer.weight)),
+                note=groups.left_out.get(layer.name, ""),
+            )
+        )
+    return SparsityReport(tuple(rows), sum(p.numel() for p in parameters), _nonzero(parameters))
+
+
+def _nonzero(parameters: list[nn.Parameter]) -> int:
+    return sum(int(torch.count_nonzero(p.detach())) for p in parameters)
+
+
+def _live_share(weight: Tensor) -> float:
+    """Share of a weight that lies in rows and columns that are not all zero."""
+    nonzero = weight.detach().flatten(2).ne(0).any(2) if weight.dim() > 2 else weight.detach() != 0
+    rows, columns = nonzero.any(1).float().mean(), nonzero.any(0).float().mean()
+    return float(rows * columns)
+
+
+def _flops(model: nn.Module, example_input: Any) -> Mapping[str, int]:
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(*inputs)
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+    root = type(model).__name__
+    counts = counter.get_flop_counts()
+    return {
+        canonical_name(name.removeprefix(f"{root}.")): sum(operations.values())
+        for name, operations in counts.items()
+    }
+
+
+def _pair(layer: LayerReport) -> str:
+    return "-" if layer.flops is None else f"{layer.flops_alive:,} / {layer.flops:,}"
