@@ -56,7 +56,7 @@ class Attachment:
         self.masks = masks
         self.step_size: float | Tensor = 0.0
         self._waits = freeze == "converged" and not schedule.homotopy
-        self._freeze_at = self._freeze_step(freeze)
+        self._freeze_at: int | None = None
         self._convergence = Convergence()
         self._start_norms: Tensor | None = None
         self._collapse_reported = False
@@ -64,7 +64,9 @@ class Attachment:
         self._owner = self._param_groups_of_layers()
         if masks is not None:
             apply_masks(groups, masks)
-        schedule.steps(total_steps)  # an unknown length is an error now, not at the first step
+        else:
+            schedule.steps(total_steps)  # an unknown length is an error now, not at the first step
+            self._freeze_at = self._freeze_step(freeze)
 
     @property
     def frozen(self) -> bool:
@@ -167,13 +169,7 @@ class Attachment:
             capped = torch.as_tensor(self.step_size, dtype=torch.float64).clamp(max=limit)
             self.step_size = capped.to(norms.device)
         return prox_multipliers(
-            norms,
-            self.step_size,
-            groups.budgets,
-            weights=groups.weights,
-            costs=groups.costs,
-            segments=groups.segments,
-            debias=self.debias,
+            norms, self.step_size, groups.budgets, debias=self.debias, **groups.competition
         )
 
     def _project(self, norms: Tensor) -> Tensor:
@@ -191,11 +187,8 @@ class Attachment:
         groups = self.groups
         if self._waits:
             alive = norms > 0
-            arguments = {
-                "weights": groups.weights, "costs": groups.costs, "segments": groups.segments
-            }  # fmt: skip
-            value = envelope_value(norms, groups.budgets, **arguments)
-            gap = sparsity_gap(norms, groups.budgets, **arguments)
+            value = envelope_value(norms, groups.budgets, **groups.competition)
+            gap = sparsity_gap(norms, groups.budgets, **groups.competition)
             if self._convergence.look(alive, gap, value):
                 self.freeze(alive)
         if self._start_norms is not None and not self._collapse_reported:

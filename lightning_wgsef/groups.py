@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
+from typing import TypedDict
 
 import torch
 from torch import Tensor
@@ -141,6 +142,14 @@ class GroupedLayer:
         return sizes
 
 
+class CompetitionArguments(TypedDict):
+    """Keyword arguments of `envelope_value`, `sparsity_gap` and `prox_multipliers`."""
+
+    weights: Tensor | None
+    costs: Tensor | None
+    segments: Tensor
+
+
 class Groups:
     """All groups of a model, layer after layer, with their budgets.
 
@@ -186,6 +195,11 @@ class Groups:
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @property
+    def competition(self) -> CompetitionArguments:
+        """Who competes with whom and how, as the functions of the envelope take it."""
+        return {"weights": self.weights, "costs": self.costs, "segments": self.segments}
 
     def only(self, names: Iterable[str]) -> Groups:
         """The layers with these names."""

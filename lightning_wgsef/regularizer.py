@@ -164,12 +164,12 @@ class WGSEF:
     def value(self) -> Tensor:
         """Value of the envelope in every layer, shape (S,)."""
         groups = self.groups
-        return envelope_value(groups.norms(), groups.budgets, **self._competition())
+        return envelope_value(groups.norms(), groups.budgets, **groups.competition)
 
     def gap(self) -> Tensor:
         """Sparsity gap in every layer, shape (S,); 0 where the budget is kept."""
         groups = self.groups
-        return sparsity_gap(groups.norms(), groups.budgets, **self._competition())
+        return sparsity_gap(groups.norms(), groups.budgets, **groups.competition)
 
     def check_finite(self) -> None:
         """Raise for NaN or infinite weights met on an accelerator, where steps do not wait.
@@ -262,10 +262,6 @@ class WGSEF:
             total_steps=total,
             masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},
         )
-
-    def _competition(self) -> dict[str, Tensor | None]:
-        groups = self.groups
-        return {"weights": groups.weights, "costs": groups.costs, "segments": groups.segments}
 
 
 def _parameter_count(optimizer: Optimizer) -> int:
