@@ -175,8 +175,8 @@ class WGSEFCallback(Callback):
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
             warnings.warn(
                 f"training ended before the mask was frozen; groups alive: {alive}. Train longer, "
-                "or take freeze=0.5 (project onto the budget at half of training) or "
-                "lam=Homotopy(), which reaches the budget by itself",
+                "shorten the schedule, or take freeze=0.5, which projects onto the budget at half "
+                "of training",
                 stacklevel=2,
             )
 

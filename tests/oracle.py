@@ -2,8 +2,8 @@
 
 Nothing here sorts, pivots or clips: minimisers are found by listing every way in which the bounds
 of the problem can be active, solving the stationarity conditions of each, and keeping the one that
-is optimal; the `*_conic` functions hand the argmin as it stands to a conic solver. `project` and
-`anchored` are plain loops.
+is optimal. `project` and `anchored` are plain loops. `solver_oracle` holds what a general solver
+finds.
 
 Notation: n_j >= 0 are the norms of the groups, w_j > 0 their weights, c_j > 0 their costs, K > 0
 the budget, tau >= 0 the step and gamma in [0, 1] the debias. `allocation`, `value`, `gap` and
@@ -12,8 +12,8 @@ the budget, tau >= 0 the step and gamma in [0, 1] the debias. `allocation`, `val
 groups of norm zero. The others take one problem.
 """
 
+import functools
 import itertools
-import warnings
 
 import numpy as np
 
@@ -35,18 +35,23 @@ def _batch(norms, k, weights, costs, step=0.0, debias=0.0):
     return norms[:, None], k, weights[:, None], costs[:, None], step, debias
 
 
+@functools.cache
 def _patterns(states, groups):
     """All assignments of a state to each group, shape (1, states**groups, groups)."""
     return np.array(list(itertools.product(range(states), repeat=groups)))[None]
 
 
-def _in_chunks(function, arrays, chunk=100):
-    """Call `function` on slices of the leading axis: the table of patterns stays small."""
-    problems = arrays[0].shape[0]
-    parts = [
-        function(*(x[start : start + chunk] for x in arrays)) for start in range(0, problems, chunk)
-    ]
-    return np.concatenate(parts)
+def _solve_in_chunks(solve, states, norms, *others, chunk=100):
+    """`solve` for a few problems at a time, and without their padding: the tables stay small."""
+    result = np.zeros_like(norms[:, 0])
+    # The number of groups up to the last that is alive, at least 1.
+    sizes = np.max((norms[:, 0] > 0) * np.arange(1, norms.shape[-1] + 1), axis=-1).clip(min=1)
+    for size in np.unique(sizes):
+        rows = np.flatnonzero(sizes == size)
+        for some in np.split(rows, range(chunk, len(rows), chunk)):
+            part = (x[some, :, :size] for x in (norms, *others))
+            result[some, :size] = solve(*part, _patterns(states, int(size)))
+    return result
 
 
 def subsets(groups, size):
@@ -96,7 +101,7 @@ def allocation(norms, k, weights=None, costs=None):
 
     def solve(norms, k, weights, costs, at_one):
         live = norms > 0
-        at_one = at_one & live
+        at_one = (at_one == 1) & live
         inside = live & ~at_one
         left = k[..., 0] - np.sum(costs * at_one, axis=-1)
         direction = norms * np.sqrt(weights / costs)  # u_j = scale * direction_j, scale^-2 = 2 mu
@@ -114,8 +119,7 @@ def allocation(norms, k, weights=None, costs=None):
 
     shape = np.shape(norms)
     norms, k, weights, costs, _, _ = _batch(norms, k, weights, costs)
-    at_one = _patterns(2, norms.shape[-1]).astype(bool)
-    u = _in_chunks(lambda *args: solve(*args, at_one), (norms, k, weights, costs))
+    u = _solve_in_chunks(solve, 2, norms, k, weights, costs)
     return u.reshape(shape).astype(np.float64)
 
 
@@ -200,11 +204,9 @@ def prox_multipliers(norms, step, k, weights=None, costs=None, debias=0.0):
     shape = np.shape(norms)
     norms, k, weights, costs, step, debias = _batch(norms, k, weights, costs, step, debias)
     assert (debias * step * weights)[norms > 0].max(initial=0) < 1
-    state = _patterns(3, norms.shape[-1])
     no_step = step[:, 0] == 0  # the prox of the zero function is the identity
     step = np.where(step == 0, 1e-3, step)
-    args = (norms, k, weights, costs, step, debias)
-    multipliers = _in_chunks(lambda *args: solve(*args, state), args)
+    multipliers = _solve_in_chunks(solve, 3, norms, k, weights, costs, step, debias)
     multipliers = np.where(no_step, norms[:, 0] > 0, multipliers)
     return multipliers.reshape(shape).astype(np.float64)
 
@@ -215,88 +217,6 @@ def prox_objective(point, norms, step, k, weights=None, costs=None, debias=0.0):
     ridge = 0.5 * np.sum(weights_or_one * point**2, axis=-1)
     distance = 0.5 * np.sum((point - norms) ** 2, axis=-1)
     return distance + step * value(point, k, weights, costs) - debias * step * ridge
-
-
-def _solve_conic(objective, constraints):
-    import cvxpy as cp
-
-    problem = cp.Problem(cp.Minimize(objective), constraints)
-    # Tighter than Clarabel can certify: it then stops where it makes no more progress and calls
-    # that inaccurate. The argmin is nearer to the truth than with a tolerance that it reaches; what
-    # it is worth is measured in the tests.
-    tolerances = dict.fromkeys(("tol_gap_abs", "tol_gap_rel", "tol_feas"), 1e-12)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Solution may be inaccurate")
-        problem.solve(solver=cp.CLARABEL, **tolerances)
-    assert problem.status in {cp.OPTIMAL, cp.OPTIMAL_INACCURATE}, problem.status
-    return problem
-
-
-def _fraction(numerator, denominator):
-    """A variable t and the second-order cone t_j >= numerator_j^2 / denominator_j."""
-    import cvxpy as cp
-
-    t = cp.Variable(numerator.shape[0])
-    cone = cp.SOC(t + denominator, cp.vstack([2 * numerator, t - denominator]), axis=0)
-    return t, cone
-
-
-def value_conic(norms, k, weights, costs):
-    """`value`, its argmin handed to Clarabel."""
-    import cvxpy as cp
-
-    norms = np.asarray(norms, dtype=np.float64)
-    scale = norms.max()
-    u = cp.Variable(len(norms))
-    t, cone = _fraction(cp.Constant(norms / scale), u)
-    objective = 0.5 * (weights @ t)
-    problem = _solve_conic(objective, [cone, u >= 0, u <= 1, costs @ u <= k])
-    return float(problem.value) * scale**2
-
-
-def prox_conic(norms, step, k, weights, costs, debias=0.0):
-    """`prox_multipliers`, its argmin (with the a_j^2 collected: convex) handed to Clarabel."""
-    import cvxpy as cp
-
-    norms = np.asarray(norms, dtype=np.float64)
-    scale = norms.max()
-    a, u = cp.Variable(len(norms)), cp.Variable(len(norms))
-    t, cone = _fraction(a, u)
-    curvature = 1 - debias * step * np.asarray(weights)
-    quadratic = 0.5 * cp.sum_squares(cp.multiply(np.sqrt(curvature), a))
-    objective = quadratic - (norms / scale) @ a + 0.5 * step * (weights @ t)
-    _solve_conic(objective, [cone, a >= 0, u >= 0, u <= 1, costs @ u <= k])
-    return np.where(norms > 0, a.value * scale / np.where(norms > 0, norms, 1), 0)
-
-
-def prox_conjugate(point, step, k, weights):
-    """argmin_y 1/2 ||y - point||^2 + step f*(y) for whole k.
-
-    f* is the maximum over the supports that `conjugate` lists:
-
-    min_{y, h} 1/2 ||y - point||^2 + step h subject to h >= 1/2 sum_{j in S} y_j^2 / w_j for every
-    support S, by sequential quadratic programming (nearer to the argmin than the conic solver,
-    whose objective is flat there).
-    """
-    from scipy.optimize import minimize
-
-    groups, scale = len(point), np.abs(point).max()
-    target = np.asarray(point, dtype=np.float64) / scale
-    supports = [s for s in subsets(groups, int(k)) if len(s) == min(int(k), groups)]
-    inverse = np.array([[j in s for j in range(groups)] for s in supports]) / weights
-    result = minimize(
-        lambda x: 0.5 * np.sum((x[:-1] - target) ** 2) + step * x[-1],
-        np.append(target, conjugate(target, int(k), weights)),
-        jac=lambda x: np.append(x[:-1] - target, step),
-        constraints={
-            "type": "ineq",
-            "fun": lambda x: x[-1] - 0.5 * inverse @ x[:-1] ** 2,
-            "jac": lambda x: np.hstack([-inverse * x[:-1], np.ones((len(inverse), 1))]),
-        },
-        method="SLSQP",
-        options={"ftol": 1e-18, "maxiter": 1000},
-    )
-    return result.x[:-1] * scale
 
 
 def _kept(norms, k, weights=None, costs=None):

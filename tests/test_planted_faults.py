@@ -1,4 +1,4 @@
-"""Faults planted in the envelope's source must turn the checkers of `test_envelope` red."""
+"""Faults planted in the envelope's source must turn the checkers of `test_envelope_oracle` red."""
 
 import dataclasses
 import sys
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_envelope import (
+from test_envelope_oracle import (
     CHECKS,
     check_anchored,
     check_conjugate,

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -177,6 +178,7 @@ def test_as_schedule():
     assert as_schedule(0) == Constant(0)
     assert as_schedule(0.3) == Constant(0.3)
     assert as_schedule(np.float64(0.3)) == Constant(0.3)
+    assert as_schedule(np.float32(0.5)) == as_schedule(Fraction(1, 2)) == Constant(0.5)
     for schedule in (Constant(1.0), Warmup(0.1), Homotopy(length=7)):
         assert as_schedule(schedule) is schedule
 
