@@ -12,10 +12,13 @@ the table.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
+import math
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +32,7 @@ from examples.baselines import GradualMagnitude
 from examples.batches import Batches
 from examples.data import CIFAR10, FashionMNIST, InMemory
 from examples.networks import Classifier, FiveLayerBatchNorm, LeNet5
-from lightning_wgsef import Homotopy, WGSEFCallback, group_parameters
+from lightning_wgsef import Homotopy, WGSEFCallback, group_parameters, prox_multipliers
 
 RESULTS = Path(__file__).parent / "results"
 Method = Callable[[dict[str, Any], float], pl.Callback | None]
@@ -75,31 +78,44 @@ TASKS = {
         exclude="",
         groupings=("channel", "filter"),
         methods=("homotopy", "gradual magnitude"),
-        epochs=6,
+        epochs=5,
     ),
 }
 
 
 class AccuracyAtFreeze(pl.Callback):
-    """Test accuracy right after the optimizer's step at the freeze: before or after the prox.
+    """Test accuracy just before the mask is fixed, and of the same weights with the mask applied.
 
-    Hooks of an optimizer run in the order of their registration, so the instance listed before the
-    pruning callback sees the weights before it acts.
+    Looks at the network as it stands after the last step before the freeze, then at a copy of it
+    that is projected onto the budget; training goes on undisturbed. List it after the pruning
+    callback: hooks of an optimizer run in the order of their registration.
     """
 
-    def __init__(self, batches: Batches, freeze: float) -> None:
-        self.batches, self.freeze = batches, freeze
-        self.accuracy: float | None = None
+    def __init__(self, batches: Batches, freeze: float, arguments: dict[str, Any]) -> None:
+        self.batches, self.freeze, self.arguments = batches, freeze, arguments
+        self.before = self.after = math.nan
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        last = max(1, round(self.freeze * trainer.estimated_stepping_batches))
+        last = max(1, math.floor(self.freeze * trainer.estimated_stepping_batches + 0.5))
         taken = 0
 
         def after_step(*_: object) -> None:
             nonlocal taken
             taken += 1
-            if taken == last:
-                self.accuracy = accuracy(pl_module, self.batches)
+            if taken == last - 1:
+                self.before = accuracy(pl_module, self.batches)
+                network = copy.deepcopy(pl_module.network)
+                projected = group_parameters(network, **self.arguments)
+                projected.scale_(
+                    prox_multipliers(
+                        projected.norms(),
+                        1.0,
+                        projected.budgets,
+                        segments=projected.segments,
+                        debias=1.0,
+                    )
+                )
+                self.after = accuracy(network, self.batches)
 
         trainer.optimizers[0].register_step_post_hook(after_step)
 
@@ -114,8 +130,16 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     return 100 * right / len(batches.labels)
 
 
-def run(task: Task, method: str, grouping: str, freeze: float, seed: int, folder: Path) -> dict:
-    """Train once; the record of the run."""
+def run(
+    task: Task,
+    method: str,
+    grouping: str,
+    freeze: float,
+    seed: int,
+    folder: Path,
+    limit_batches: float = 1.0,
+) -> dict[str, Any]:
+    """Train once; the record of the run. ``limit_batches`` is the share of every epoch used."""
     pl.seed_everything(seed)
     data = task.data(folder)
     data.prepare_data()
@@ -124,11 +148,13 @@ def run(task: Task, method: str, grouping: str, freeze: float, seed: int, folder
     model = Classifier(task.network())
     arguments = {"k": task.k, "grouping": grouping, "exclude": task.exclude or None}
     pruning = None if method == "dense" else METHODS[method](arguments, freeze)
-    before, after = (AccuracyAtFreeze(data.test_dataloader(), freeze) for _ in range(2))
+    watch = AccuracyAtFreeze(data.test_dataloader(), freeze, arguments)
     started = time.time()
     trainer = pl.Trainer(
         max_epochs=task.epochs,
-        callbacks=[before, *([pruning] if pruning else []), after],
+        callbacks=[pruning, watch] if pruning else [],
+        limit_train_batches=limit_batches,
+        limit_val_batches=0,
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,
@@ -147,8 +173,8 @@ def run(task: Task, method: str, grouping: str, freeze: float, seed: int, folder
         "freeze": freeze,
         "seed": seed,
         "accuracy": accuracy(model, data.test_dataloader()),
-        "before_freeze": before.accuracy,
-        "after_freeze": after.accuracy,
+        "before_freeze": watch.before,
+        "after_freeze": watch.after,
         "alive": alive,
         "budgets": budgets,
         "seconds": round(time.time() - started, 1),
@@ -165,7 +191,7 @@ def table(records: list[dict[str, Any]]) -> str:
         key = record["grouping"], record["method"], record["freeze"]
         runs.setdefault(key, []).append(record)
     lines = [
-        "| groups | mask fixed | method | accuracy | before the freeze | after it | budget met |",
+        "| groups | mask fixed | method | accuracy | before the mask | with it | budget met |",
         "|---|---|---|---|---|---|---|",
     ]
     rows = sorted(runs.items(), key=lambda item: (item[0][0], item[0][2], -_mean(item[1])))
@@ -199,6 +225,7 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="print the table of finished runs")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
+    warnings.filterwarnings("ignore", ".*LeafSpec.*")
     task = TASKS[options.task]
     folder = RESULTS / options.task
     folder.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from lightning_wgsef.envelope import sparsity_gap as sparsity_gap
 from lightning_wgsef.groupings.registry import group_parameters as group_parameters
 from lightning_wgsef.groups import GroupedLayer as GroupedLayer
 from lightning_wgsef.groups import Groups as Groups
-from lightning_wgsef.groups import Member as Member
 from lightning_wgsef.masks import masks_from_zeros as masks_from_zeros
+from lightning_wgsef.members import Member as Member
 from lightning_wgsef.regularizer import WGSEF as WGSEF
 from lightning_wgsef.report import sparsity_report as sparsity_report
 from lightning_wgsef.schedules import Constant as Constant

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TypedDict
@@ -11,76 +11,8 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from lightning_wgsef.members import Member, gather
 from lightning_wgsef.tables import format_table
-
-
-@dataclass(frozen=True, eq=False)
-class Member:
-    """Slices of one parameter, each belonging to a group.
-
-    A slice is what is left of the parameter after fixing an index on each of ``axes``.
-
-    Attributes:
-        name: canonical name of the parameter in the model.
-        parameter: the parameter itself.
-        axes: axes along which the groups lie, in increasing order; the others are summed over.
-        index: group of every slice, shape (number of slices,), -1 for "in no group"; None: slice i
-            belongs to group i.
-
-    The filters of a convolution lie along axis 0, its input channels along axis 1, single weights
-    along all axes:
-
-    >>> weight = torch.nn.Parameter(torch.ones(8, 3, 5, 5))
-    >>> Member("conv.weight", weight, axes=(0,)).slices
-    8
-    >>> Member("conv.weight", weight, axes=(0, 1, 2, 3)).slices
-    600
-    """
-
-    name: str
-    parameter: Tensor
-    axes: tuple[int, ...]
-    index: Tensor | None = None
-
-    def __post_init__(self) -> None:
-        dimensions = self.parameter.dim()
-        rising = all(a < b for a, b in zip(self.axes, self.axes[1:], strict=False))
-        if not self.axes or not rising or not all(0 <= a < dimensions for a in self.axes):
-            raise ValueError(
-                f"axes of '{self.name}' must be increasing and within 0..{dimensions - 1} "
-                f"(shape {tuple(self.parameter.shape)}), got {self.axes}"
-            )
-        if self.index is not None and self.index.shape != (self.slices,):
-            raise ValueError(
-                f"index of '{self.name}' must have one entry for each of its {self.slices} slices, "
-                f"got shape {tuple(self.index.shape)}"
-            )
-
-    @property
-    def slices(self) -> int:
-        """Number of slices."""
-        return math.prod(self.parameter.shape[a] for a in self.axes)
-
-    @property
-    def slice_size(self) -> int:
-        """Number of weights in one slice."""
-        return self.parameter.numel() // max(self.slices, 1)
-
-    def squared_norms(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        """Squared norm of every slice of ``values`` (shaped like the parameter), in ``dtype``."""
-        summed = [a for a in range(values.dim()) if a not in self.axes]
-        if not summed:
-            return values.to(dtype).square().flatten()
-        norms: Tensor = torch.linalg.vector_norm(values, dim=summed, dtype=dtype)
-        return norms.square().flatten()
-
-    def along(self, per_group: Tensor, outside: float | bool) -> Tensor:
-        """``per_group`` laid along the parameter, to broadcast with it; ``outside`` elsewhere."""
-        per_slice = per_group
-        if self.index is not None:
-            per_slice = torch.cat([per_group, per_group.new_full((1,), outside)])[self.index]
-        shape = [n if a in self.axes else 1 for a, n in enumerate(self.parameter.shape)]
-        return per_slice.view(shape)
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,7 +46,13 @@ class GroupedLayer:
 
     def __post_init__(self) -> None:
         for member in self.members:
-            highest = member.slices - 1 if member.index is None else int(member.index.max())
+            index = torch.tensor([member.slices - 1]) if member.index is None else member.index
+            highest = int(index.max()) if len(index) else -1
+            if len(index) and int(index.min()) < -1:
+                raise ValueError(
+                    f"index of '{member.name}' must be a group, or -1 for none, "
+                    f"got {int(index.min())}"
+                )
             if highest >= self.count or (member.index is None and member.slices != self.count):
                 raise ValueError(
                     f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
@@ -124,8 +62,10 @@ class GroupedLayer:
             if values is not None and (
                 values.shape != (self.count,) or not bool((values > 0).all())
             ):
+                lowest = f", lowest {float(values.min())}" if values.numel() else ""
                 raise ValueError(
-                    f"{name} of layer '{self.name}' must be positive, of shape ({self.count},)"
+                    f"{name} of layer '{self.name}' must be positive, of shape ({self.count},), "
+                    f"got shape {tuple(values.shape)}{lowest}"
                 )
 
     @property
@@ -138,7 +78,7 @@ class GroupedLayer:
         sizes = torch.zeros(self.count, dtype=torch.float64)
         for member in self.members:
             size = torch.full((member.slices,), float(member.slice_size), dtype=torch.float64)
-            sizes += _gather(size, member.index, self.count)
+            sizes += gather(size, member.index, self.count)
         return sizes
 
 
@@ -222,15 +162,25 @@ class Groups:
         Args:
             values: tensors to use instead of the parameters, by parameter name.
         """
-        squares = []
+        return self._summed(lambda m, tensor: m.squared_norms(tensor, self._dtype), values).sqrt()
+
+    @torch.no_grad()
+    def alive(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Has the group a weight that is not exactly zero? Booleans, shape (m,)."""
+        return self._summed(lambda m, tensor: m.nonzeros(tensor).to(self._dtype), values) > 0
+
+    def _summed(
+        self, of_slices: Callable[[Member, Tensor], Tensor], values: Mapping[str, Tensor] | None
+    ) -> Tensor:
+        """Sum a number of every slice over the slices of each group."""
+        totals = [torch.zeros(0, dtype=self._dtype, device=self.segments.device)]
         for layer in self.layers:
             total = torch.zeros(layer.count, dtype=self._dtype, device=self.segments.device)
             for member in layer.members:
                 tensor = member.parameter if values is None else values[member.name]
-                parts = member.squared_norms(tensor, self._dtype)
-                total += _gather(parts, member.index, layer.count)
-            squares.append(total)
-        return torch.cat(squares).sqrt() if squares else torch.zeros(0)
+                total += gather(of_slices(member, tensor), member.index, layer.count)
+            totals.append(total)
+        return torch.cat(totals)
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
@@ -264,8 +214,10 @@ class Groups:
         header = ["layer", "grouping", "groups", "weights each", "budget", "removable"]
         rows = []
         for layer in self.layers:
-            smallest, largest = int(layer.sizes().min()), int(layer.sizes().max())
-            size = f"{smallest}" if smallest == largest else f"{smallest}-{largest}"
+            sizes = sorted({int(size) for size in layer.sizes()})
+            size = "-".join(
+                str(sizes[i]) for i in ((0, -1) if len(sizes) > 1 else range(len(sizes)))
+            )
             budget = f"{layer.budget:g}" if math.isfinite(layer.budget) else "-"
             removable = "yes" if layer.removable else "no"
             rows.append([layer.name, layer.grouping, f"{layer.count}", size, budget, removable])
@@ -278,11 +230,3 @@ def _claim(layer: GroupedLayer, member: Member) -> Tensor:
     """Which weights of the member's parameter belong to a group, shaped to broadcast with it."""
     inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
     return member.along(inside, False)
-
-
-def _gather(per_slice: Tensor, index: Tensor | None, count: int) -> Tensor:
-    """Sum slices into their groups; slices of group -1 are dropped."""
-    if index is None:
-        return per_slice
-    totals = per_slice.new_zeros(count + 1)
-    return totals.index_add_(0, index.to(per_slice.device) % (count + 1), per_slice)[:count]

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_wgsef.groupings.layers import canonical_name, weighted_layers
+from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name, weighted_layers
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.tables import format_table
 
@@ -98,25 +98,26 @@ def sparsity_report(
     """
     flops = {} if example_input is None else _flops(model, example_input)
     grouped = {layer.name: layer for layer in groups.layers}
-    alive = groups.split(groups.norms() > 0)
+    alive = groups.split(groups.alive())
     parameters = list(model.parameters())
+    layers = {layer.name: layer for layer in weighted_layers(model)}
+    modules = {canonical_name(name): module for name, module in model.named_modules()}
     rows = []
-    for layer in weighted_layers(model):
-        own = list(layer.module.parameters(recurse=False))
-        dense = flops.get(layer.name)
-        budget = grouped[layer.name].budget if layer.name in grouped else None
-        count = alive.get(layer.name, torch.zeros(0))
+    for name in [*layers, *(name for name in grouped if name not in layers)]:
+        own = list(modules[name].parameters(recurse=False)) if name in modules else []
+        dense = flops.get(name)
+        count = alive.get(name, torch.zeros(0))
         rows.append(
             LayerReport(
-                name=layer.name,
+                name=name,
                 groups=len(count),
                 groups_alive=int(count.sum()),
-                budget=budget,
+                budget=grouped[name].budget if name in grouped else None,
                 parameters=sum(p.numel() for p in own),
                 parameters_alive=_nonzero(own),
                 flops=dense,
-                flops_alive=None if dense is None else round(dense * _live_share(layer.weight)),
-                note=groups.left_out.get(layer.name, ""),
+                flops_alive=None if dense is None else _flops_alive(dense, layers[name]),
+                note=groups.left_out.get(name, ""),
             )
         )
     return SparsityReport(tuple(rows), sum(p.numel() for p in parameters), _nonzero(parameters))
@@ -126,29 +127,44 @@ def _nonzero(parameters: list[nn.Parameter]) -> int:
     return sum(int(torch.count_nonzero(p.detach())) for p in parameters)
 
 
-def _live_share(weight: Tensor) -> float:
-    """Share of a weight that lies in rows and columns that are not all zero."""
-    nonzero = weight.detach().flatten(2).ne(0).any(2) if weight.dim() > 2 else weight.detach() != 0
-    rows, columns = nonzero.any(1).float().mean(), nonzero.any(0).float().mean()
-    return float(rows * columns)
+def _flops_alive(dense: int, layer: WeightedLayer) -> int:
+    """The share of ``dense`` in rows and columns of the weight that are not all zero."""
+    nonzero = layer.weight.detach().ne(0).reshape(*layer.weight.shape[:2], -1).any(2)
+    parts = nonzero.chunk(layer.split)  # the parts of a grouped convolution are independent
+    live = sum(int(part.any(1).sum()) * int(part.any(0).sum()) for part in parts)
+    return dense * live // sum(part.numel() for part in parts)
 
 
 def _flops(model: nn.Module, example_input: Any) -> Mapping[str, int]:
+    """FLOPs of every weighted layer, over all its calls in one forward pass."""
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    counter = FlopCounterMode(display=False)
+    flops: dict[str, int] = {}
+    handles = []
+
+    def watch(name: str, module: nn.Module) -> None:
+        def before(*_: Any) -> None:
+            flops[name] = flops.get(name, 0) - counter.get_total_flops()
+
+        def after(*_: Any) -> None:
+            flops[name] += counter.get_total_flops()
+
+        handles.append(module.register_forward_pre_hook(before))
+        handles.append(module.register_forward_hook(after))
+
+    for layer in weighted_layers(model):
+        watch(layer.name, layer.module)
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
+        with counter, torch.no_grad():
             model(*inputs)
     finally:
+        for handle in handles:
+            handle.remove()
         for module, mode in training.items():
             module.training = mode
-    root = type(model).__name__
-    counts = counter.get_flop_counts()
-    return {
-        canonical_name(name.removeprefix(f"{root}.")): sum(operations.values())
-        for name, operations in counts.items()
-    }
+    return flops
 
 
 def _pair(layer: LayerReport) -> str:

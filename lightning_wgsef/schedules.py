@@ -146,8 +146,9 @@ def as_schedule(lam: float | Schedule | None) -> Schedule:
     if lam is None:
         return Homotopy()
     if isinstance(lam, (int, float, Real)):
+        check_number("lam", lam)
         return Constant(float(lam))
-    if not hasattr(lam, "step_size"):
+    if isinstance(lam, type) or not hasattr(lam, "step_size"):
         raise ValueError(f"lam must be a number or a schedule such as Homotopy(), got {lam!r}")
     return lam
 

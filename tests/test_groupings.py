@@ -294,6 +294,18 @@ def test_a_norm_behind_another_layer_is_not_taken():
     assert [norm_of(network, name) for name in ("0", "1")] == [None, "2"]
 
 
+def test_what_has_parameters_separates():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.BatchNorm2d(8))
+    assert norm_of(network, "0") is None
+
+
+def test_one_norm_for_one_layer():
+    """Of two layers with its number the nearer takes it; of two norms the nearer is taken."""
+    network = Numbered("conv1", "convb1", "bn1")
+    assert [norm_of(network, name) for name in ("conv1", "convb1")] == [None, "bn1"]
+    assert norm_of(Numbered("conv1", "bn1", "bnb1"), "conv1") == "bn1"
+
+
 def test_a_norm_shared_by_two_layers():
     """Both claim it: refused, until one of them is left out as the message says."""
     norm = nn.BatchNorm2d(4)
@@ -376,6 +388,14 @@ def test_parametrised(grouping):
     assert "2" not in names(groups)
     assert "4" in names(groups)
     assert "parametrisation" in groups.left_out["2"]
+
+
+def test_first_and_last_are_so_whether_they_can_be_grouped_or_not():
+    network = mlp(3, 4, 5, 6, 2)
+    parametrizations.weight_norm(network[0])
+    parametrizations.weight_norm(network[6])
+    assert names(group_parameters(network, "channel")) == ["2", "4"]
+    assert names(group_parameters(network, "filter")) == ["2", "4"]
 
 
 def test_the_parts_of_a_parametrisation_are_no_layers():
@@ -657,11 +677,11 @@ def test_a_share_of_the_costs_keeps_at_least_one_group():
 
 def test_overlapping_groups_are_refused():
     def rows_and_columns(model):
-        rows, columns = filter_groups(model).layers[0], channel_groups(model).layers[0]
+        rows, columns = filter_groups(model).layers[1], channel_groups(model).layers[1]
         return Groups([rows, columns])
 
-    with refused("overlap", "'0.weight'", "(filter)", "(channel)"):
-        group_parameters(nn.Sequential(nn.Linear(3, 4)), rows_and_columns)
+    with refused("overlap", "'2.weight'", "(filter)", "(channel)"):
+        group_parameters(mlp(3, 4, 5, 2), rows_and_columns)
 
 
 @pytest.mark.parametrize("returned", [None, [], {}, 3])

@@ -412,20 +412,28 @@ def test_without_an_index_slices_are_groups(count):
         GroupedLayer("fc", "mine", count, (member,))
 
 
+BAD_WEIGHTS = [
+    ([1.0, 2.0, 3.0], "(3,)"),
+    ([[1.0, 2.0, 3.0, 4.0]], "(1, 4)"),
+    ([1.0, 0.0, 1.0, 1.0], "0.0"),
+    ([1.0, 1.0, -2.5, 1.0], "-2.5"),
+    ([1.0, math.nan, 1.0, 1.0], "nan"),
+]
+
+
 @pytest.mark.parametrize("name", ["weights", "costs"])
-@pytest.mark.parametrize(
-    ("values", "given"),
-    [
-        ([1.0, 2.0, 3.0], "(3,)"),
-        ([[1.0, 2.0, 3.0, 4.0]], "(1, 4)"),
-        ([1.0, 0.0, 1.0, 1.0], "0.0"),
-        ([1.0, 1.0, -2.5, 1.0], "-2.5"),
-        ([1.0, math.nan, 1.0, 1.0], "nan"),
-    ],
-)
-def test_weights_and_costs_are_checked(name, values, given):
+@pytest.mark.parametrize("values", [values for values, _ in BAD_WEIGHTS])
+def test_weights_and_costs_are_checked(name, values):
     member = Member("fc.weight", parameter(4, 3), (0,))
-    with refused(name, "'fc'", "(4,)", given):
+    with refused(name, "'fc'", "positive", "(4,)"):
+        GroupedLayer("fc", "mine", 4, (member,), **{name: torch.tensor(values)})
+
+
+@pytest.mark.parametrize("name", ["weights", "costs"])
+@pytest.mark.parametrize(("values", "given"), BAD_WEIGHTS)
+def test_bad_weights_and_costs_are_shown(name, values, given):
+    member = Member("fc.weight", parameter(4, 3), (0,))
+    with refused("got", given):
         GroupedLayer("fc", "mine", 4, (member,), **{name: torch.tensor(values)})
 
 
@@ -455,6 +463,12 @@ def test_vectors_over_all_groups(three):
     assert three.budgets[[0, 2]].tolist() == [2, 0.5]
     assert 1e299 < three.budgets[1] < math.inf  # no budget: more than there can be groups
     assert three.budgets.dtype == torch.float64
+
+
+def test_arguments_for_the_envelope(three):
+    wanted = {"weights": three.weights, "costs": three.costs, "segments": three.segments}
+    assert three.competition.keys() == wanted.keys()
+    assert all(three.competition[name] is value for name, value in wanted.items())
 
 
 def test_weights_and_costs_of_one_are_none():

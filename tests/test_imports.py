@@ -21,6 +21,7 @@ TOP = "__init__"
 FLOORS = {
     "segments": (0, 0),
     "tables": (0, 0),
+    "members": (0, 0),
     "budgets": (0, 1),
     "groups": (0, 1),
     "envelope": (0, 2),

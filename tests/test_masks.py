@@ -124,10 +124,11 @@ def test_a_weight_is_missing():
         masks_from_zeros(group_parameters(network()), state)
 
 
-def test_a_weight_of_another_shape():
+@pytest.mark.parametrize("shape", [(4, 6, 1, 1), (6, 4, 3, 3), (216,), ()])
+def test_a_weight_of_another_shape(shape):
     state = pruned().state_dict()
-    state["conv2.weight"] = torch.zeros(4, 6, 1, 1)
-    with refused("'conv2.weight'", "(4, 6, 1, 1)", "(4, 6, 3, 3)", "another model"):
+    state["conv2.weight"] = torch.zeros(shape)
+    with refused("'conv2.weight'", str(shape), "(4, 6, 3, 3)", "another model"):
         masks_from_zeros(group_parameters(network()), state)
 
 
@@ -279,6 +280,17 @@ def test_a_checkpoint_that_is_not_pruned(groups, tmp_path):
     torch.save({"state_dict": network().state_dict()}, tmp_path / "dense.ckpt")
     with refused("no group is zero", "conv2, fc"):
         masks_from_checkpoint(groups, tmp_path / "dense.ckpt")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+def test_a_checkpoint_for_a_model_on_an_accelerator(tmp_path):
+    torch.save({"state_dict": pruned().state_dict()}, tmp_path / "last.ckpt")
+    model = network(seed=1).cuda()
+    groups = group_parameters(model)
+    masks = masks_from_checkpoint(groups, tmp_path / "last.ckpt")
+    assert lists(masks) == PRUNED
+    apply_masks(groups, masks)
+    assert lists(masks_from_zeros(groups)) == PRUNED
 
 
 class Malicious:

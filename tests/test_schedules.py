@@ -198,7 +198,9 @@ def test_a_schedule_of_ones_own():
     assert as_schedule(mine) is mine
 
 
-@pytest.mark.parametrize("lam", ["0.1", [0.1], {}, object()], ids=str)
+@pytest.mark.parametrize(
+    "lam", ["0.1", [0.1], {}, object()], ids=["text", "list", "mapping", "object"]
+)
 def test_what_is_no_schedule(lam):
     with refused("lam must be a number or a schedule such as Homotopy()", f"got {lam!r}"):
         as_schedule(lam)

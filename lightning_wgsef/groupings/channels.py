@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wgsef.groupings.layers import WeightedLayer, other_layers, weighted_layers
-from lightning_wgsef.groups import GroupedLayer, Groups, Member
+from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.members import Member
 
 
 def channel_groups(model: nn.Module) -> Groups:
@@ -33,7 +34,7 @@ def _channels(layer: WeightedLayer, *, first: bool) -> GroupedLayer:
         reserved = "first layer: its channels are the network's input"
     elif layer.split == layer.inputs > 1:
         reserved = "depthwise: every filter reads one channel only"
-    member = Member(f"{layer.name}.weight", layer.weight, axes, index)
+    member = Member(layer.path("weight"), layer.weight, axes, index)
     return GroupedLayer(
         layer.name, "channel", layer.inputs, (member,), removable=True, reserved=reserved
     )

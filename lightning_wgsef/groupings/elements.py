@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wgsef.groupings.layers import other_layers, weighted_layers
-from lightning_wgsef.groups import GroupedLayer, Groups, Member
+from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.members import Member
 
 
 def element_groups(model: nn.Module) -> Groups:
@@ -20,6 +21,6 @@ def element_groups(model: nn.Module) -> Groups:
     for layer in layers:
         if not layer.problem:
             axes = tuple(range(layer.weight.dim()))
-            member = Member(f"{layer.name}.weight", layer.weight, axes)
+            member = Member(layer.path("weight"), layer.weight, axes)
             grouped.append(GroupedLayer(layer.name, "element", layer.weight.numel(), (member,)))
     return Groups(grouped, {**left_out, **other_layers(model)})

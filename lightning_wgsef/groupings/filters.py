@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wgsef.groupings.layers import WeightedLayer, other_layers, weighted_layers
-from lightning_wgsef.groups import GroupedLayer, Groups, Member
+from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.members import Member
 
 
 def filter_groups(model: nn.Module) -> Groups:
@@ -30,14 +31,14 @@ def filter_groups(model: nn.Module) -> Groups:
 
 def _filters(layer: WeightedLayer, *, last: bool) -> GroupedLayer:
     axes, index = layer.output_slices()
-    members = [Member(f"{layer.name}.weight", layer.weight, axes, index)]
-    vectors = [(layer.name, layer.module, "bias")]
+    members = [Member(layer.path("weight"), layer.weight, axes, index)]
+    vectors = [(layer.path("bias"), getattr(layer.module, "bias", None))]
     if layer.norm is not None:
-        vectors += [(*layer.norm, "weight"), (*layer.norm, "bias")]
-    for owner, module, name in vectors:
-        parameter = getattr(module, name, None)
+        norm, module = layer.norm
+        vectors += [(f"{norm}.{name}", getattr(module, name, None)) for name in ("weight", "bias")]
+    for name, parameter in vectors:
         if isinstance(parameter, nn.Parameter):
-            members.append(Member(f"{owner}.{name}", parameter, axes=(0,)))
+            members.append(Member(name, parameter, axes=(0,)))
     reserved = "last layer: its filters are the network's outputs" if last else ""
     return GroupedLayer(
         layer.name, "filter", layer.outputs, tuple(members), removable=True, reserved=reserved

@@ -41,6 +41,10 @@ class WeightedLayer:
         weight: Tensor = self.module.weight  # type: ignore[assignment]  # nn.Module: Tensor | Module
         return weight
 
+    def path(self, parameter: str) -> str:
+        """Canonical name of one of its parameters."""
+        return f"{self.name}.{parameter}" if self.name else parameter
+
     @property
     def transposed(self) -> bool:
         """True where the weight's first axis is the input's."""
@@ -94,7 +98,8 @@ def canonical_name(name: str) -> str:
     >>> canonical_name("_orig_mod.encoder._orig_mod.conv1.weight")
     'encoder.conv1.weight'
     """
-    return re.sub(r"(^|\.)(_orig_mod|_fsdp_wrapped_module)(?=\.|$)", "", name).lstrip(".")
+    wrappers = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
+    return re.sub(wrappers, "", name).lstrip(".")
 
 
 def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
@@ -105,35 +110,53 @@ def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
     [('0', '1')]
     """
     norms = _following_norms(model)
-    owners: dict[int, str] = {}
+    owners = _owners(model)
     for raw, module in model.named_modules():
         name = canonical_name(raw)
-        if isinstance(module, (*_Convolution, *_Transposed, nn.Linear)):
-            problem = _problem(module, owners)
-            yield WeightedLayer(name, module, norms.get(name), problem)
-            owners.setdefault(id(getattr(module, "weight", None)), name)
+        if _is_weighted(module):
+            yield WeightedLayer(name, module, norms.get(name), _problem(name, module, owners))
 
 
 def other_layers(model: nn.Module) -> dict[str, str]:
     """Modules with matrices of weights that are neither convolutions nor dense, with the reason."""
     reasons = {}
     for raw, module in model.named_modules():
-        if isinstance(module, (*_Convolution, *_Transposed, nn.Linear)):
+        if _is_weighted(module) or ".parametrizations." in f".{raw}.":
             continue
-        if any(parameter.dim() > 1 for parameter in module.parameters(recurse=False)):
+        parameters = module.parameters(recurse=False)
+        if any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters):
             reasons[canonical_name(raw)] = f"{type(module).__name__} is none of {GROUPABLE}"
     return reasons
 
 
-def _problem(module: nn.Module, owners: dict[int, str]) -> str:
+def is_lazy(parameter: object) -> bool:
+    """Does the parameter wait for a first forward pass to get its shape?"""
+    return isinstance(parameter, nn.parameter.UninitializedParameter)
+
+
+def _is_weighted(module: nn.Module) -> bool:
+    return isinstance(module, (*_Convolution, *_Transposed, nn.Linear))
+
+
+def _owners(model: nn.Module) -> dict[int, str]:
+    """Who a shared weight belongs to: what cannot be grouped comes first, then the first layer."""
+    owners: dict[int, str] = {}
+    named = [(canonical_name(name), module) for name, module in model.named_modules()]
+    for name, module in sorted(named, key=lambda item: _is_weighted(item[1])):
+        for parameter in module.parameters(recurse=False):
+            owners.setdefault(id(parameter), name)
+    return owners
+
+
+def _problem(name: str, module: nn.Module, owners: dict[int, str]) -> str:
     weight = getattr(module, "weight", None)
-    if isinstance(weight, nn.parameter.UninitializedParameter):
+    if is_lazy(weight):
         return "its weight has no shape yet (lazy layer): run one forward pass first"
     if not isinstance(weight, nn.Parameter):
         return "its weight is computed from other tensors (a parametrisation), not a parameter"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
-    if id(weight) in owners:
+    if owners[id(weight)] != name:
         return f"its weight is that of '{owners[id(weight)]}' (tied)"
     if not weight.numel():
         return "its weight is empty"
@@ -150,14 +173,14 @@ def _following_norms(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     for parent_name, parent in model.named_modules():
         prefix = f"{canonical_name(parent_name)}." if canonical_name(parent_name) else ""
         children = [
-            (name, child)
+            (name, getattr(child, "_orig_mod", child))  # inside what torch.compile wraps
             for name, child in parent.named_children()
             if any(True for _ in child.parameters())
         ]
         taken: dict[str, str] = {}
         for adjacent in (True, False):
             for position, (name, layer) in enumerate(children):
-                if not isinstance(layer, (*_Convolution, *_Transposed, nn.Linear)):
+                if not _is_weighted(layer):
                     continue
                 end = position + 2 if adjacent else len(children)
                 for norm_name, norm in children[position + 1 : end]:
@@ -186,4 +209,6 @@ def _paired(layer: str, norm: str, adjacent: bool) -> bool:
 def _fits(norm: nn.Module, layer: nn.Module) -> bool:
     weight = getattr(norm, "weight", None)
     width = getattr(layer, "out_channels", None) or getattr(layer, "out_features", None)
-    return isinstance(norm, _Norm) and isinstance(weight, nn.Parameter) and len(weight) == width
+    if not isinstance(norm, _Norm) or not isinstance(weight, nn.Parameter) or is_lazy(weight):
+        return False
+    return len(weight) == width

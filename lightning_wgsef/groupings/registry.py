@@ -64,7 +64,6 @@ def group_parameters(
     found = (GROUPINGS[grouping] if isinstance(grouping, str) else grouping)(model)
     if not isinstance(found, Groups):
         raise ValueError(f"grouping must return Groups, {grouping!r} returned {type(found)}")
-    found.check_disjoint()
     names = [layer.name for layer in found.layers]
     included = _patterns("include", include, names)
     excluded = _patterns("exclude", exclude, names)
@@ -84,7 +83,9 @@ def group_parameters(
             f"{type(model).__name__} has no layer that grouping={_name(grouping)!r} can group"
             f"{reasons or ': it has no weights'}"
         )
-    return Groups(layers, left_out)
+    groups = Groups(layers, left_out)
+    groups.check_disjoint()
+    return groups
 
 
 def check_grouping(grouping: str | Grouping) -> None:
@@ -95,7 +96,8 @@ def check_grouping(grouping: str | Grouping) -> None:
     ...
     ValueError: grouping must be 'channel', 'element', 'filter' or a function...
     """
-    if not callable(grouping) and grouping not in GROUPINGS:
+    known = isinstance(grouping, str) and grouping in GROUPINGS
+    if not known and not callable(grouping):
         names = [repr(name) for name in sorted(GROUPINGS)]
         raise ValueError(
             f"grouping must be {', '.join(names[:-1])}, {names[-1]} or a function from a module to "
@@ -140,8 +142,12 @@ def _patterns(
 ) -> list[str] | None:
     if patterns is None:
         return None
-    listed = [patterns] if isinstance(patterns, str) else list(patterns)
+    if isinstance(patterns, str) or not isinstance(patterns, Iterable):
+        patterns = [patterns]
+    listed = list(patterns)
     for pattern in listed:
+        if not isinstance(pattern, str):
+            raise ValueError(f"{argument}: a pattern must be a string, got {pattern!r}")
         if not any(_matches(pattern, name) for name in names):
             raise ValueError(
                 f"{argument}: the pattern {pattern!r} matches no layer; the layers are "
@@ -181,4 +187,6 @@ def _budget(layer: GroupedLayer, k: Budget) -> float:
                 f"({layer.grouping}); name a share, a mapping of patterns, or exclude the layer"
             )
         return float(k)
-    return max(1.0, math.floor(k * total + 0.5)) if layer.costs is None else k * total
+    if layer.costs is not None:
+        return max(float(k) * total, float(layer.costs.min()))
+    return max(1.0, math.floor(float(k) * total + 0.5))

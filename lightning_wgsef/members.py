@@ -1,0 +1,92 @@
+"""Slices of one parameter: where the weights of groups are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """Slices of one parameter, each belonging to a group.
+
+    A slice is what is left of the parameter after fixing an index on each of ``axes``.
+
+    Attributes:
+        name: canonical name of the parameter in the model.
+        parameter: the parameter itself.
+        axes: axes along which the groups lie, in increasing order; the others are summed over.
+        index: group of every slice, shape (number of slices,), -1 for "in no group"; None: slice i
+            belongs to group i.
+
+    The filters of a convolution lie along axis 0, its input channels along axis 1, single weights
+    along all axes:
+
+    >>> weight = torch.nn.Parameter(torch.ones(8, 3, 5, 5))
+    >>> Member("conv.weight", weight, axes=(0,)).slices
+    8
+    >>> Member("conv.weight", weight, axes=(0, 1, 2, 3)).slices
+    600
+    """
+
+    name: str
+    parameter: Tensor
+    axes: tuple[int, ...]
+    index: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        dimensions = self.parameter.dim()
+        rising = all(a < b for a, b in zip(self.axes, self.axes[1:], strict=False))
+        if not self.axes or not rising or not all(0 <= a < dimensions for a in self.axes):
+            raise ValueError(
+                f"axes of '{self.name}' must be increasing and within 0..{dimensions - 1} "
+                f"(shape {tuple(self.parameter.shape)}), got {self.axes}"
+            )
+        if self.index is not None and self.index.shape != (self.slices,):
+            raise ValueError(
+                f"index of '{self.name}' must have one entry for each of its {self.slices} slices, "
+                f"got shape {tuple(self.index.shape)}"
+            )
+
+    @property
+    def slices(self) -> int:
+        """Number of slices."""
+        return math.prod(self.parameter.shape[a] for a in self.axes)
+
+    @property
+    def slice_size(self) -> int:
+        """Number of weights in one slice."""
+        return self.parameter.numel() // max(self.slices, 1)
+
+    def squared_norms(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        """Squared norm of every slice of ``values`` (shaped like the parameter), in ``dtype``."""
+        summed = [a for a in range(values.dim()) if a not in self.axes]
+        if not summed:
+            return values.to(dtype).square().flatten()
+        norms: Tensor = torch.linalg.vector_norm(values, dim=summed, dtype=dtype)
+        return norms.square().flatten()
+
+    def nonzeros(self, values: Tensor) -> Tensor:
+        """Number of weights in every slice of ``values`` that are not exactly zero (NaN is not)."""
+        summed = [a for a in range(values.dim()) if a not in self.axes]
+        nonzero = values != 0
+        return (nonzero.sum(dim=summed) if summed else nonzero).flatten()
+
+    def along(self, per_group: Tensor, outside: float | bool) -> Tensor:
+        """``per_group`` laid along the parameter, to broadcast with it; ``outside`` elsewhere."""
+        per_slice = per_group
+        if self.index is not None:
+            per_slice = torch.cat([per_group, per_group.new_full((1,), outside)])[self.index]
+        shape = [n if a in self.axes else 1 for a, n in enumerate(self.parameter.shape)]
+        return per_slice.view(shape)
+
+
+def gather(per_slice: Tensor, index: Tensor | None, count: int) -> Tensor:
+    """Sum slices into their groups; slices of group -1 are dropped."""
+    if index is None:
+        return per_slice
+    totals = per_slice.new_zeros(count + 1)
+    return totals.index_add_(0, index.to(per_slice.device) % (count + 1), per_slice)[:count]
