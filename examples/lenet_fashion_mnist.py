@@ -25,7 +25,8 @@ def main() -> None:
     options = parser.parse_args()
     callback = WGSEFCallback(k=options.k, grouping="channel", exclude="*fc3")
     data = FashionMNIST(options.data_dir, batch_size=128)
-    compare(LeNet5, data, options.epochs, "lenet-fashion-mnist", callback)
+    name = "lenet-fashion-mnist"
+    compare(LeNet5, data, options.epochs, lr=1e-3, name=name, callback=callback)
 
 
 if __name__ == "__main__":

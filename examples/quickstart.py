@@ -18,11 +18,12 @@ from lightning_wgsef import WGSEFCallback
 def main() -> None:
     """Train dense and with a quarter of every layer's channels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--k", type=float, default=0.25, help="share of the channels that stay")
     options = parser.parse_args()
     callback = WGSEFCallback(k=options.k, grouping="channel")
-    compare(SmallConvNet, Digits(batch_size=64), options.epochs, "quickstart", callback)
+    data = Digits(batch_size=64)
+    compare(SmallConvNet, data, options.epochs, lr=3e-3, name="quickstart", callback=callback)
 
 
 if __name__ == "__main__":

@@ -19,14 +19,19 @@ LOGS = Path("lightning_logs")
 
 
 def train(
-    network: nn.Module, data: InMemory, epochs: int, name: str, callback: pl.Callback | None = None
+    network: nn.Module,
+    data: InMemory,
+    epochs: int,
+    lr: float,
+    name: str,
+    callback: pl.Callback | None = None,
 ) -> float:
     """Train ``network`` with a progress bar and TensorBoard; its test accuracy in percent."""
     # Data in memory needs no worker processes, whatever Lightning thinks of that.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
     torch.set_flush_denormal(True)  # shrinking weights become denormal, which is slow
-    model = Classifier(network)
+    model = Classifier(network, lr=lr)
     trainer = pl.Trainer(
         max_epochs=epochs,
         callbacks=[callback] if callback else [],
@@ -44,15 +49,16 @@ def compare(
     make_network: Callable[[], nn.Module],
     data: InMemory,
     epochs: int,
+    lr: float,
     name: str,
     callback: WGSEFCallback,
 ) -> None:
     """Train dense, train again with ``callback``, and print accuracies and the sparsity table."""
     pl.seed_everything(0)
-    dense = train(make_network(), data, epochs, f"{name}-dense")
+    dense = train(make_network(), data, epochs, lr, f"{name}-dense")
     pl.seed_everything(0)
     network = make_network()
-    sparse = train(network, data, epochs, f"{name}-sparse", callback)
+    sparse = train(network, data, epochs, lr, f"{name}-sparse", callback)
     regularizer = callback.regularizer
     assert regularizer is not None
     example = torch.zeros(1, *data.image_shape)

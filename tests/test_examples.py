@@ -31,12 +31,12 @@ def alive(output: str) -> dict[str, tuple[int, int]]:
 def test_quickstart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(quickstart.main, ["--epochs", "30"], tmp_path, monkeypatch)
+    run(quickstart.main, [], tmp_path, monkeypatch)
     output = capsys.readouterr().out
     assert alive(output) == {"conv2": (4, 4), "conv3": (8, 8), "fc": (16, 16)}
     dense, sparse = re.search(r"dense ([\d.]+) %, sparse ([\d.]+) %", output).groups()
     assert float(dense) > 95
-    assert float(sparse) > 80  # chance is 10
+    assert float(sparse) > 85  # chance is 10
     assert "tensorboard --logdir lightning_logs" in output
     assert list((tmp_path / "lightning_logs" / "quickstart-sparse").rglob("events.out.tfevents.*"))
 
