@@ -61,6 +61,7 @@ class Attachment:
         self._start_norms: Tensor | None = None
         self._collapse_reported = False
         self._all_finite: Tensor | None = None
+        self._heaviest = 1.0 if groups.weights is None else float(groups.weights.max())
         self._owner = self._param_groups_of_layers()
         if masks is not None:
             apply_masks(groups, masks)
@@ -164,10 +165,9 @@ class Attachment:
                 anchored=True,
             )
         if self.debias > 0:  # beyond this the step is no proximal step: it stops at the projection
-            heaviest = 1.0 if groups.weights is None else float(groups.weights.max())
-            limit = 1 / (self.debias * heaviest)
-            capped = torch.as_tensor(self.step_size, dtype=torch.float64).clamp(max=limit)
-            self.step_size = capped.to(norms.device)
+            limit = 1 / (self.debias * self._heaviest)
+            step = torch.as_tensor(self.step_size, dtype=torch.float64, device=norms.device)
+            self.step_size = step.clamp(max=limit)
         return prox_multipliers(
             norms, self.step_size, groups.budgets, debias=self.debias, **groups.competition
         )
@@ -237,8 +237,11 @@ class Attachment:
     def _lr(self) -> float | Tensor:
         """Learning rate: one number, or one for every layer where they differ, shape (S,)."""
         rates = [self.optimizer.param_groups[number]["lr"] for number in self._owner]
-        if all(rate is rates[0] or rate == rates[0] for rate in rates[1:]):
-            first: float | Tensor = rates[0]
+        first: float | Tensor = rates[0]
+        # Tensors are not compared: that would wait for the device they are on.
+        if len(set(self._owner)) == 1 or all(
+            not isinstance(r, Tensor) and r == first for r in rates
+        ):
             return first
         device = self.groups.segments.device
         return torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates])

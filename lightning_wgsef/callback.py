@@ -129,8 +129,9 @@ class WGSEFCallback(Callback):
             # A second fit of the same model goes on where the first one ended.
             same = earlier.model is pl_module and earlier.attachments
             self._state = earlier.state_dict() if same else {}
-        # What the saved state continues needs no masks from zeros: it has its own.
-        arguments = {**self.arguments, "masks": None} if self._state else self.arguments
+        arguments = dict(self.arguments)
+        if self._state and arguments["masks"] is not None:
+            arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
         self.regularizer = WGSEF(pl_module, **arguments)
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if isinstance(other, WGSEFCallback) and other is not self and other.regularizer:

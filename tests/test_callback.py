@@ -124,6 +124,15 @@ def test_fine_tuning_a_pruned_checkpoint(tmp_path: Any, with_path: bool) -> None
     assert torch.equal(tuned.conv2.weight == 0, zeros)
     assert not torch.equal(tuned.conv2.weight, model.conv2.weight)
 
+    (tmp_path / "pruned.ckpt").unlink()  # a resumed run needs the file no more
+    tuned.trainer.save_checkpoint(tmp_path / "tuned.ckpt")
+    resumed = make_module(optimizer="sgd")
+    again = WGSEFCallback(**{**callback.arguments, "k": 0.5})
+    trainer = make_trainer([again], max_epochs=3)
+    trainer.fit(resumed, loader(), ckpt_path=tmp_path / "tuned.ckpt")
+    assert alive(resumed) == BUDGET
+    assert torch.equal(resumed.conv2.weight == 0, zeros)
+
 
 def test_fine_tuning_weights_that_are_not_pruned() -> None:
     with pytest.raises(ValueError, match="no group is zero in conv2, fc"):

@@ -17,7 +17,7 @@ from test_groups import refused
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters
+from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, prox_multipliers
 from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.elements import element_groups
 from lightning_wgsef.groupings.filters import filter_groups
@@ -673,6 +673,15 @@ def test_a_share_of_the_costs_keeps_at_least_one_group():
     network = nn.Sequential(nn.BatchNorm2d(3))
     groups = group_parameters(network, lambda model: scales(model, costs), 0.1)
     assert groups.budgets.item() >= 10
+
+
+def test_the_strongest_group_fits_a_small_share_of_uneven_costs():
+    """Projection goes by strength: if the first does not fit, none is kept."""
+    costs, network = torch.tensor([10.0, 1.0]), nn.Sequential(nn.BatchNorm2d(2))
+    network[0].weight.data = torch.tensor([30.0, 1.0])
+    groups = group_parameters(network, lambda model: scales(model, costs), 0.1)
+    factors = prox_multipliers(groups.norms(), 1.0, groups.budgets, costs=groups.costs, debias=1.0)
+    assert factors.count_nonzero() >= 1
 
 
 def test_overlapping_groups_are_refused():

@@ -183,6 +183,34 @@ def test_norms_of_other_values(layout):
 
 
 @every_layout
+@every_dtype
+def test_alive(layout, dtype):
+    """One weight left in a group, wherever it is, keeps the group alive."""
+    layer = layer_of(layout, dtype)
+    groups, sizes = Groups([layer]), slow_sizes(layer)
+    assert groups.alive().dtype == torch.bool
+    assert groups.alive().tolist() == [size > 0 for size in sizes]
+    with torch.no_grad():
+        for member in layer.members:
+            member.parameter.zero_()
+    assert not groups.alive().any()
+    for member in layer.members:
+        same = [owners(other) for other in layer.members if other.parameter is member.parameter]
+        for place in np.ndindex(*member.parameter.shape):
+            member.parameter.data[place] = torch.finfo(dtype).tiny
+            claims = {int(groups_of[place]) for groups_of in same} - {-1}
+            assert set(groups.alive().nonzero().flatten().tolist()) == claims
+            member.parameter.data[place] = -0.0
+            assert not groups.alive().any()
+
+
+def test_alive_in_other_values():
+    layer = layer_of(dense_rows)
+    values = {"fc.weight": torch.zeros(3, 5), "fc.bias": torch.tensor([0.0, 1e-30, math.nan])}
+    assert Groups([layer]).alive(values).tolist() == [False, True, True]
+
+
+@every_layout
 def test_sizes(layout):
     layer = layer_of(layout)
     assert layer.sizes().dtype == torch.float64

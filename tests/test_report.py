@@ -158,6 +158,14 @@ def test_a_parametrised_layer():
     assert "parametrisation" in report["1"].note
 
 
+def test_all_parameters_of_a_parametrised_layer():
+    """Bias, direction and length: the rows add up to the sum."""
+    model = nn.Sequential(nn.Linear(3, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
+    report = sparsity_report(model, group_parameters(model, "channel", include="0"))
+    assert rows(report)["1"].parameters == 4 + 16 + 4
+    assert sum(layer.parameters for layer in report.layers) == report.parameters
+
+
 def test_a_broken_group_is_alive(model):
     """NaN is not zero: the group is not dead while its weights are counted as alive."""
     model.fc.weight.data[0, 1] = float("nan")
@@ -240,6 +248,13 @@ def test_operations_left(kind, axis):
     model[0].weight.data.select(axis, 0).zero_()
     left = 2 * multiply_adds * (size - 1) // size
     assert flops(model, torch.ones(shape)) == (2 * multiply_adds, left)
+
+
+def test_a_kernel_with_zeros_is_not_skipped():
+    model = ones(nn.Sequential(nn.Conv2d(2, 4, 3)))
+    model[0].weight.data[:, :, 0] = 0
+    dense, alive = flops(model, torch.ones(7, 2, 10, 9))
+    assert alive == dense
 
 
 def test_operations_left_in_a_part_of_a_grouped_convolution():
@@ -355,6 +370,16 @@ def test_modes_weights_and_buffers_stay(model, training):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def test_no_hooks_stay(model):
+    model.fc.register_forward_hook(lambda *_: None)
+    sparsity_report(model, group_parameters(model), IMAGES)
+    assert hooks(model) == 1
+
+
 def test_modes_come_back_after_an_error(model):
     groups = group_parameters(model)
     model.train()
@@ -364,6 +389,7 @@ def test_modes_come_back_after_an_error(model):
     assert model.training
     assert model.drop.training
     assert not model.norm1.training
+    assert hooks(model) == 0
 
 
 def test_the_forward_pass_is_in_evaluation_mode():
