@@ -93,7 +93,8 @@ class AccuracyAtFreeze(pl.Callback):
 
     def __init__(self, batches: Batches, freeze: float, arguments: dict[str, Any]) -> None:
         self.batches, self.freeze, self.arguments = batches, freeze, arguments
-        self.before = self.after = math.nan
+        self.before: float | None = None
+        self.after: float | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         last = max(1, math.floor(self.freeze * trainer.estimated_stepping_batches + 0.5))
@@ -197,11 +198,21 @@ def table(records: list[dict[str, Any]]) -> str:
     rows = sorted(runs.items(), key=lambda item: (item[0][0], item[0][2], -_mean(item[1])))
     for (grouping, method, freeze), group in rows:
         met = sum(record["alive"] == record["budgets"] for record in group)
-        cells = [_spread(group, key) for key in ("accuracy", "before_freeze", "after_freeze")]
+        final = _spread(group, "accuracy")
         if method == "dense":
-            grouping, cells[1:] = "-", ["-", "-"]
-        count = "-" if method == "dense" else f"{met} of {len(group)}"
-        lines.append(f"| {grouping} | {freeze:.0%} | {method} | {' | '.join(cells)} | {count} |")
+            lines.append(f"| - | - | dense | {final} | - | - | - |")
+        else:
+            before, after = _spread(group, "before_freeze"), _spread(group, "after_freeze")
+            cells = [
+                grouping,
+                f"{freeze:.0%}",
+                method,
+                final,
+                before,
+                after,
+                f"{met} of {len(group)}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -220,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("task", choices=TASKS)
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--freeze", type=float, nargs="+", default=[0.5])
     parser.add_argument("--report", action="store_true", help="print the table of finished runs")
     options = parser.parse_args()
@@ -231,7 +242,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [("dense", task.groupings[0], options.freeze[0])]
     wanted += [(m, g, f) for m in task.methods for g in task.groupings for f in options.freeze]
-    for seed in range(0 if options.report else options.seeds):
+    for seed in [] if options.report else options.seeds:
         for method, grouping, freeze in wanted:
             name = f"{method}-{grouping}-{freeze:g}-seed{seed}".replace(" ", "_")
             path = folder / f"{name}.json"

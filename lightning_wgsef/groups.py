@@ -177,7 +177,9 @@ class Groups:
         for layer in self.layers:
             total = torch.zeros(layer.count, dtype=self._dtype, device=self.segments.device)
             for member in layer.members:
-                tensor = member.parameter if values is None else values[member.name]
+                tensor = member.parameter
+                if values is not None:
+                    tensor = values[member.name].to(tensor.device)
                 total += gather(of_slices(member, tensor), member.index, layer.count)
             totals.append(total)
         return torch.cat(totals)

@@ -104,7 +104,7 @@ def sparsity_report(
     modules = {canonical_name(name): module for name, module in model.named_modules()}
     rows = []
     for name in [*layers, *(name for name in grouped if name not in layers)]:
-        own = list(modules[name].parameters(recurse=False)) if name in modules else []
+        own = list(modules[name].parameters()) if name in modules else []
         dense = flops.get(name)
         count = alive.get(name, torch.zeros(0))
         rows.append(

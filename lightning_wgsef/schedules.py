@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -104,7 +104,7 @@ class Homotopy:
     the projection for all weights at once.
 
     Args:
-        start: the first step size, in (0, 1].
+        start: the step size that the ramp leaves from, in (0, 1].
         length: steps (int), or a share of training (float in (0, 1]); the rest of training
             fine-tunes the weights that stay.
 
@@ -155,7 +155,7 @@ def as_schedule(lam: float | Schedule | None) -> Schedule:
 
 def check_freeze(freeze: object) -> None:
     """Raise `ValueError` unless ``freeze`` is "converged", steps, a share of training, or None."""
-    if isinstance(freeze, (int, float)) and not isinstance(freeze, bool):
+    if isinstance(freeze, Real):
         check_length("freeze", freeze)
     elif freeze is not None and freeze != "converged":
         raise ValueError(
@@ -177,7 +177,7 @@ def resolve_debias(debias: float | None, schedule: Schedule) -> float:
     return debias
 
 
-def check_length(name: str, length: int | float) -> None:
+def check_length(name: str, length: object) -> None:
     """Raise `ValueError` unless ``length`` is a number of steps or a share of training.
 
     >>> check_length("length", 1.5)
@@ -185,9 +185,11 @@ def check_length(name: str, length: int | float) -> None:
     ...
     ValueError: length must be a number of steps (int >= 1) or a share (float in (0, 1]), got 1.5
     """
-    if isinstance(length, bool) or not (
-        length >= 1 if isinstance(length, int) else isinstance(length, float) and 0 < length <= 1
-    ):
+    if isinstance(length, Integral) and not isinstance(length, bool):
+        valid = int(length) >= 1
+    else:
+        valid = isinstance(length, Real) and not isinstance(length, bool) and 0 < float(length) <= 1
+    if not valid:
         raise ValueError(
             f"{name} must be a number of steps (int >= 1) or a share (float in (0, 1]), "
             f"got {length!r}"
@@ -200,8 +202,8 @@ def in_steps(name: str, length: int | float, total: int | None) -> int:
     Raises:
         ValueError: a share of a training run whose end is not known.
     """
-    if isinstance(length, int):
-        return length
+    if isinstance(length, Integral):
+        return int(length)
     if total is None:
         raise ValueError(
             f"{name} = {length} is a share of training, but how long training lasts is not known: "

@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 from numbers import Integral, Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.elements import element_groups
@@ -179,14 +179,26 @@ def _reason_to_leave_out(
 def _budget(layer: GroupedLayer, k: Budget) -> float:
     if isinstance(k, Mapping):
         k = next(value for pattern, value in k.items() if _matches(pattern, layer.name))
-    total = layer.count if layer.costs is None else float(layer.costs.to(torch.float64).sum())
-    if isinstance(k, Integral):
-        if k > total:
-            raise ValueError(
-                f"k = {k} is more than the {layer.count} groups of layer '{layer.name}' "
-                f"({layer.grouping}); name a share, a mapping of patterns, or exclude the layer"
-            )
-        return float(k)
     if layer.costs is not None:
-        return max(float(k) * total, float(layer.costs.min()))
-    return max(1.0, math.floor(float(k) * total + 0.5))
+        return _budget_in_costs(layer, k, layer.costs.to(torch.float64))
+    if not isinstance(k, Integral):
+        return max(1.0, math.floor(float(k) * layer.count + 0.5))
+    if k > layer.count:
+        raise ValueError(
+            f"k = {k} is more than the {layer.count} groups of layer '{layer.name}' "
+            f"({layer.grouping}); name a share, a mapping of patterns, or exclude the layer"
+        )
+    return float(k)
+
+
+def _budget_in_costs(layer: GroupedLayer, k: int | float, costs: Tensor) -> float:
+    """A budget in units of cost. It admits the dearest group, which may be the strongest."""
+    total, dearest = float(costs.sum()), float(costs.max())
+    if not isinstance(k, Integral):
+        return max(float(k) * total, dearest)
+    if not dearest <= k <= total:
+        raise ValueError(
+            f"k = {k} must lie between the dearest group's cost, {dearest:g}, and the cost of all "
+            f"groups, {total:g}, in layer '{layer.name}' ({layer.grouping})"
+        )
+    return float(k)
