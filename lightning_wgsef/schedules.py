@@ -155,7 +155,7 @@ def as_schedule(lam: float | Schedule | None) -> Schedule:
 
 def check_freeze(freeze: object) -> None:
     """Raise `ValueError` unless ``freeze`` is "converged", steps, a share of training, or None."""
-    if isinstance(freeze, Real):
+    if isinstance(freeze, Real) and not isinstance(freeze, bool):
         check_length("freeze", freeze)
     elif freeze is not None and freeze != "converged":
         raise ValueError(
