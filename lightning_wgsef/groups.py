@@ -113,6 +113,10 @@ class Groups:
         self.layers = tuple(layers)
         self.left_out = dict(left_out or {})
         self.counts = [layer.count for layer in self.layers]
+        names = [layer.name for layer in self.layers]
+        if len(set(names)) < len(names):
+            twice = sorted({name for name in names if names.count(name) > 1})
+            raise ValueError(f"names of layers must differ, got {twice} more than once")
         parameters = [m.parameter for layer in self.layers for m in layer.members]
         device = parameters[0].device if parameters else torch.device("cpu")
         wide = any(p.dtype == torch.float64 for p in parameters)
@@ -150,10 +154,6 @@ class Groups:
         """A vector over all groups, shape (m,), as one vector for every layer."""
         parts = torch.split_with_sizes(per_group, self.counts)
         return {layer.name: part for layer, part in zip(self.layers, parts, strict=True)}
-
-    def join(self, per_layer: Mapping[str, Tensor]) -> Tensor:
-        """The reverse of `split`."""
-        return torch.cat([per_layer[layer.name].to(self.segments.device) for layer in self.layers])
 
     @torch.no_grad()
     def norms(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -216,10 +216,8 @@ class Groups:
         header = ["layer", "grouping", "groups", "weights each", "budget", "removable"]
         rows = []
         for layer in self.layers:
-            sizes = sorted({int(size) for size in layer.sizes()})
-            size = "-".join(
-                str(sizes[i]) for i in ((0, -1) if len(sizes) > 1 else range(len(sizes)))
-            )
+            sizes = sorted(set(layer.sizes().int().tolist()))
+            size = "-".join(str(end) for end in sorted({*sizes[:1], *sizes[-1:]}))
             budget = f"{layer.budget:g}" if math.isfinite(layer.budget) else "-"
             removable = "yes" if layer.removable else "no"
             rows.append([layer.name, layer.grouping, f"{layer.count}", size, budget, removable])

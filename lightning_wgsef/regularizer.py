@@ -183,10 +183,11 @@ class WGSEF:
     def metrics(self) -> dict[str, Tensor]:
         """Numbers to log, always under the same names; on the model's device, nothing waits."""
         groups = self.groups
-        alive = groups.norms() > 0
-        values, gaps = self.value(), self.gap()
-        device = groups.segments.device
-        steps = [torch.as_tensor(part.step_size, device=device).max() for part in self.attachments]
+        norms = groups.norms()
+        alive = norms > 0
+        values = envelope_value(norms, groups.budgets, **groups.competition)
+        gaps = sparsity_gap(norms, groups.budgets, **groups.competition)
+        steps = [torch.as_tensor(part.step_size).max().to(norms) for part in self.attachments]
         metrics = {}
         parts = groups.split(alive).items()
         for (name, part), value, gap in zip(parts, values, gaps, strict=True):
@@ -196,7 +197,7 @@ class WGSEF:
         metrics["sparsity"] = (groups.sizes * ~alive).sum() / groups.sizes.sum()
         metrics["value"] = values.sum()
         metrics["gap"] = gaps.sum()
-        metrics["step"] = max(steps, default=torch.zeros(()))
+        metrics["step"] = torch.stack([*steps, norms.new_zeros(())]).max()
         metrics["frozen"] = torch.tensor(float(self.frozen))
         return {name: number.float() for name, number in metrics.items()}
 

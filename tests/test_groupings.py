@@ -7,6 +7,7 @@ import copy
 import itertools
 import math
 from collections import OrderedDict
+from dataclasses import replace
 from fractions import Fraction
 from functools import partial
 
@@ -687,7 +688,7 @@ def test_the_strongest_group_fits_a_small_share_of_uneven_costs():
 def test_overlapping_groups_are_refused():
     def rows_and_columns(model):
         rows, columns = filter_groups(model).layers[1], channel_groups(model).layers[1]
-        return Groups([rows, columns])
+        return Groups([rows, replace(columns, name="columns")])
 
     with refused("overlap", "'2.weight'", "(filter)", "(channel)"):
         group_parameters(mlp(3, 4, 5, 2), rows_and_columns)

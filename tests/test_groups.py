@@ -519,7 +519,7 @@ def test_all_layers_at_once(three):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
-def test_split_and_join(three):
+def test_split(three):
     vector = torch.arange(10)
     parts = three.split(vector)
     assert {name: part.tolist() for name, part in parts.items()} == {
@@ -527,9 +527,12 @@ def test_split_and_join(three):
         "dense_columns": [3, 4, 5, 6, 7],
         "some_in_no_group": [8, 9],
     }
-    assert torch.equal(three.join(parts), vector)
-    backwards = dict(reversed(parts.items()))
-    assert torch.equal(three.join(backwards), vector)
+    assert list(parts) == [layer.name for layer in three.layers]
+
+
+def test_layers_of_one_name_are_refused(three):
+    with refused("names of layers must differ", "dense_rows"):
+        Groups([*three.layers, three.layers[0]])
 
 
 def test_only(three):
