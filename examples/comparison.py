@@ -5,8 +5,8 @@
 
 Every method trains for the same number of epochs on the same batches, fixes its mask at the same
 step and fine-tunes what is left. Every finished run is one JSON file under examples/results; runs
-that have a file are skipped, so a stopped comparison goes on where it was. ``--report`` only prints
-the table.
+that have a file are skipped, so a stopped comparison goes on where it was. The table of all records
+is printed and written beside them; ``--report`` does only that.
 """
 
 from __future__ import annotations
@@ -233,7 +233,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, default=Path("data"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--freeze", type=float, nargs="+", default=[0.5])
-    parser.add_argument("--report", action="store_true", help="print the table of finished runs")
+    parser.add_argument("--report", action="store_true", help="only the table of finished runs")
     options = parser.parse_args()
     torch.set_flush_denormal(True)
     warnings.filterwarnings("ignore", ".*LeafSpec.*")
@@ -251,7 +251,9 @@ def main() -> None:
                 path.with_suffix(".part").write_text(json.dumps(record, indent=1) + "\n")
                 path.with_suffix(".part").rename(path)
                 print(f"{name}: {record['accuracy']:.2f} in {record['seconds']} s", flush=True)
-    print(table([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]))
+    text = table([json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))])
+    (RESULTS / f"{options.task}.md").write_text(f"{text}\n")
+    print(text)
 
 
 if __name__ == "__main__":
