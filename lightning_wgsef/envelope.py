@@ -17,7 +17,7 @@ budget, and :math:`u` at the root is unique.
 
 Sources: Refael, Arbel, Huleihel, "Learning (k-Level) Structured Sparse Neural Networks Using Group
 Envelope Regularization" (2022, arXiv 2212.12921); Beck, Refael, "Sparse regularization via
-bidualization" (2022). Weights, costs, the debiased form and the anchored step are this project's.
+bidualization" (2022). Costs, the debiased form and the anchored step are this project's.
 
 Values are checked where that is free (on the CPU); on an accelerator only types and shapes are,
 since looking at values would stall the device.
@@ -50,7 +50,7 @@ def envelope_value(
     costs: Tensor | None = None,
     segments: Tensor | None = None,
 ) -> Tensor:
-    r"""Value E of the envelope in every segment (Refael et al. 2022, section 3).
+    r"""Value E of the envelope in every segment (Refael et al. 2022; the formula above).
 
     The minimiser is :math:`u_j = \min(1, \rho\, a_j \sqrt{w_j/c_j})` with :math:`\rho` the root of
     :math:`\sum c_j u_j = K`, or :math:`u_j = 1` for every live group if those fit the budget.
