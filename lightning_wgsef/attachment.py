@@ -17,6 +17,8 @@ from lightning_wgsef.schedules import Schedule, in_steps
 
 LOOK_EVERY = 50
 """Steps between two looks at the numbers on the host: convergence, collapse, finite weights."""
+_LATEST = 0.75
+"""Share of training at which a mask that has not converged is fixed: the budget is a promise."""
 _COLLAPSED = 1e-3
 
 
@@ -94,7 +96,10 @@ class Attachment:
         multipliers = self._project(norms) if freeze_now else self._multipliers(norms)
         self.taken += 1
         if freeze_now:
-            self.freeze((multipliers > 0) & (norms > 0))
+            alive = (multipliers > 0) & (norms > 0)
+            if self._waits:
+                self._report_cut(norms > 0, alive)
+            self.freeze(alive)
             return
         self.groups.scale_(self._unless_skipped(multipliers))
         if self.taken % LOOK_EVERY == 0:
@@ -204,6 +209,16 @@ class Attachment:
                     stacklevel=2,
                 )
 
+    def _report_cut(self, before: Tensor, after: Tensor) -> None:
+        cut = {name: int(part.sum()) for name, part in self.groups.split(before & ~after).items()}
+        if any(cut.values()):
+            warnings.warn(
+                f"lam = {self.schedule} had not reached the budget by step {self.taken}, three "
+                f"quarters of training: the weakest groups were cut to keep it {cut}. Try a larger "
+                "lam, lam=Homotopy(), which arrives without a jump, or an earlier freeze=",
+                stacklevel=2,
+            )
+
     def _guard(self, norms: Tensor) -> None:
         finite = torch.isfinite(norms).all()
         self._all_finite = finite if self._all_finite is None else self._all_finite & finite
@@ -247,8 +262,10 @@ class Attachment:
         return torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates])
 
     def _freeze_step(self, freeze: str | int | float | None) -> int | None:
-        if freeze is None or self._waits:
+        if freeze is None or (self._waits and self.total_steps is None):
             return None
+        if self._waits:
+            return in_steps("freeze", _LATEST, self.total_steps)
         if isinstance(freeze, str):
             return self.schedule.steps(self.total_steps)
         return in_steps("freeze", freeze, self.total_steps)

@@ -48,7 +48,8 @@ class WGSEFCallback(Callback):
         exclude: patterns of layer names that are left out.
         debias: share of the ridge that is taken back from the weights that stay; None: the
             schedule's own.
-        freeze: "converged", a number of steps, a share of training, or None.
+        freeze: when the mask is fixed: "converged" (at three quarters of training at the latest),
+            a number of steps, a share of training, or None (never).
         masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
             for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
         name: put into the logged names, and into the key of the saved state; needed for each of

@@ -42,9 +42,9 @@ class WGSEF:
         debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
             None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
         freeze: when the mask is fixed: "converged" (at the end of a `Homotopy`; otherwise when the
-            budget is kept and the live groups no longer change), a number of steps (int) or a
-            share of training (float), at which the weights are projected onto the budget, or None
-            (never).
+            budget is kept and the live groups no longer change, at three quarters of training at
+            the latest), a number of steps (int) or a share of training (float), or None (never).
+            At a given or latest step the weights are projected onto the budget.
         masks: "from_zeros": keep the zero groups that the model already has, from the first step;
             a path: those of a checkpoint; None: find them.
         total_steps: how many steps training lasts; needed where a schedule or ``freeze`` is a

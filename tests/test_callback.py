@@ -223,10 +223,20 @@ def test_two_callbacks_on_their_own_layers_and_overlapping() -> None:
         make_trainer([WGSEFCallback(k=0.5), WGSEFCallback(k=0.5, grouping="filter")])
 
 
+def test_constant_lam_keeps_the_budget_even_if_it_does_not_converge() -> None:
+    model = make_module()
+    callback = WGSEFCallback(k=0.25, lam=1e-2, grouping="channel")
+    with pytest.warns(UserWarning, match=r"by step 30, three.*'conv2': 6, 'fc': 9"):
+        make_trainer([callback]).fit(model, loader())
+    assert alive(model) == BUDGET
+    assert callback.regularizer.attachments[0].taken == 30  # of 40
+
+
 def test_training_that_ends_before_the_freeze_says_so() -> None:
     model = make_module()
+    callback = WGSEFCallback(k=0.25, lam=Homotopy(length=1000))
     with pytest.warns(UserWarning, match=r"ended before the mask was frozen.*'conv2': 8"):
-        make_trainer([WGSEFCallback(k=0.25, lam=1e-6)], max_epochs=1).fit(model, loader())
+        make_trainer([callback], max_epochs=1).fit(model, loader())
 
 
 @pytest.mark.parametrize("name", NAMESPACES)
