@@ -7,9 +7,9 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from helpers import refused
 from hypothesis import given
 from hypothesis import strategies as st
-from test_groups import refused
 
 from lightning_wgsef import Constant, Homotopy, Warmup
 from lightning_wgsef.schedules import (

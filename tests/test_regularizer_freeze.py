@@ -1,0 +1,190 @@
+"""The regularizer at its end: freezing, what stays, resuming, and masks given beforehand."""
+
+from __future__ import annotations
+
+import re
+import warnings
+
+import pytest
+import torch
+from helpers import batches, columns, dense_network, train
+from torch import Tensor, nn
+
+from lightning_wgsef import WGSEF, Constant, Groups, Homotopy
+from lightning_wgsef.groups import GroupedLayer, Member
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=1e-2),
+        lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=1e-2, amsgrad=True),
+        lambda p: torch.optim.RMSprop(p, lr=0.01, momentum=0.9),
+        lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+    ],
+)
+def test_dead_groups_stay_dead_after_the_freeze(make) -> None:
+    model = dense_network()
+    optimizer = make(model.parameters())
+    regularizer = WGSEF(model, k=2, lam=Homotopy(length=10)).attach(optimizer)
+
+    def step(inputs: Tensor, targets: Tensor) -> None:
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(inputs) - targets).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    for batch in batches(10):
+        step(*batch)
+    assert regularizer.frozen
+    masks = regularizer.masks
+    assert [int(mask.sum()) for mask in masks.values()] == [2, 2]
+    for weight, mask in zip(columns(model), masks.values(), strict=True):
+        for value in optimizer.state[weight].values():
+            if isinstance(value, Tensor) and value.shape == weight.shape:
+                assert value[:, ~mask].count_nonzero() == 0
+                assert value[:, mask].count_nonzero() > 0
+    before = [weight.detach().clone() for weight in columns(model)]
+    for batch in batches(10):
+        step(*batch)
+        for weight, mask in zip(columns(model), masks.values(), strict=True):
+            assert torch.equal(weight.norm(dim=0) > 0, mask)
+    assert all(not torch.equal(a, b) for a, b in zip(before, columns(model), strict=True))
+
+
+def test_constant_lam_freezes_when_converged() -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    regularizer = WGSEF(model, k=1, lam=0.5).attach(optimizer)
+    train(model, optimizer, batches(200))
+    assert not regularizer.frozen  # a first look and four at the same set are asked for
+    train(model, optimizer, batches(400))
+    assert regularizer.frozen
+    assert [int(mask.sum()) for mask in regularizer.masks.values()] == [1, 1]
+    assert regularizer.gap().tolist() == [0, 0]
+
+
+def test_freeze_at_a_given_step_projects_onto_the_budget() -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    regularizer = WGSEF(model, k=2, lam=1e-6, freeze=0.5, total_steps=10).attach(optimizer)
+    train(model, optimizer, batches(4))
+    assert not regularizer.frozen
+    train(model, optimizer, batches(1))
+    assert regularizer.frozen
+    assert [int(mask.sum()) for mask in regularizer.masks.values()] == [2, 2]
+
+
+def test_never_freezing() -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    regularizer = WGSEF(model, k=2, lam=Homotopy(length=5), freeze=None).attach(optimizer)
+    train(model, optimizer, batches(10))
+    assert not regularizer.frozen
+    assert [int(mask.sum()) for mask in regularizer.masks.values()] == [2, 2]
+
+
+def test_debiased_constant_stops_at_the_projection() -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    regularizer = WGSEF(model, k=2, lam=1e9, debias=1.0).attach(optimizer)
+    kept = [weight.detach().norm(dim=0).topk(2).values for weight in columns(model)]
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    norms = [weight.detach().norm(dim=0) for weight in columns(model)]
+    assert [int((norm > 0).sum()) for norm in norms] == [2, 2]
+    for norm, expected in zip(norms, kept, strict=True):
+        torch.testing.assert_close(norm.topk(2).values, expected, rtol=0, atol=0)
+    assert regularizer.attachments[0].step_size.item() == 1.0
+
+
+def test_collapse_is_reported_once_with_layer_and_lam() -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    WGSEF(model, k=2, lam=5.0, include=["2"]).attach(optimizer)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(200):
+            optimizer.step()
+    assert len(caught) == 1
+    assert re.match(r"all groups of 2 have .*Constant\(lam=5.0\)", str(caught[0].message))
+
+
+def weighted(model: nn.Module) -> Groups:
+    """Columns of layer 3: the first two matter more, the last one costs more."""
+    weights = torch.tensor([100.0, 100.0, 1.0, 1.0, 1.0, 1.0])
+    costs = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, 3.0])
+    member = Member("3.weight", model[3].weight, axes=(1,))
+    return Groups([GroupedLayer("3", "weighted", 6, (member,), weights=weights, costs=costs)])
+
+
+@pytest.mark.parametrize("lam", [Homotopy(length=3), Constant(0.0)])
+def test_weights_and_costs_of_ones_own_groups_decide_who_stays(lam) -> None:
+    model = dense_network()
+    with torch.no_grad():
+        model[3].weight.copy_(torch.tensor([1.0, 1.1, 2.0, 2.1, 1.9, 3.5]).expand(2, 6))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    regularizer = WGSEF(model, k=3, lam=lam, grouping=weighted, freeze=3).attach(optimizer)
+    for _ in range(3):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    # strength a * sqrt(w / c): 10, 11, 2, 2.1, 1.9, 2.02 -> the first two, then 2.1
+    assert regularizer.masks["3"].tolist() == [True, True, False, True, False, False]
+    assert regularizer.gap().item() == 0
+
+
+def test_resume_is_bit_identical_and_loads_weights_only(tmp_path) -> None:
+    def start() -> tuple[nn.Module, torch.optim.Optimizer, WGSEF]:
+        model = dense_network()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        regularizer = WGSEF(model, k=2, lam=Homotopy(length=60)).attach(optimizer)
+        return model, optimizer, regularizer
+
+    whole, optimizer, _ = start()
+    train(whole, optimizer, batches(80))
+    for stop in (30, 60, 70):
+        model, optimizer, regularizer = start()
+        train(model, optimizer, batches(80)[:stop])
+        path = tmp_path / "state.ckpt"
+        parts = (model, optimizer, regularizer)
+        torch.save([part.state_dict() for part in parts], path)
+        resumed = start()
+        for part, state in zip(resumed, torch.load(path, weights_only=True), strict=True):
+            part.load_state_dict(state)
+        train(*resumed[:2], batches(80)[stop:])
+        for a, b in zip(whole.parameters(), resumed[0].parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_state_of_another_model_is_refused() -> None:
+    model = dense_network()
+    state = WGSEF(model, lam=0.1).attach(torch.optim.SGD(model.parameters(), lr=0.1)).state_dict()
+    other = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7))
+    regularizer = WGSEF(other, lam=0.1).attach(torch.optim.SGD(other.parameters(), lr=0.1))
+    with pytest.raises(ValueError, match=r"saved state is of other groups.*'2': 5"):
+        regularizer.load_state_dict(state)
+
+
+def test_masks_from_zeros_and_from_a_checkpoint(tmp_path) -> None:
+    model = dense_network()
+    with torch.no_grad():
+        model[2].weight[:, 1] = 0
+    torch.save(model.state_dict(), tmp_path / "pruned.pt")
+    for masks, start in (("from_zeros", model), (tmp_path / "pruned.pt", dense_network())):
+        optimizer = torch.optim.AdamW(start.parameters(), lr=0.01)
+        regularizer = WGSEF(start, masks=masks).attach(optimizer)
+        assert regularizer.frozen
+        assert start[2].weight[:, 1].count_nonzero() == 0
+        train(start, optimizer, batches(5))
+        assert regularizer.masks["2"].tolist() == [True, False, True, True, True]
+        assert (start[2].weight.norm(dim=0) > 0).tolist() == regularizer.masks["2"].tolist()
+        assert regularizer.gap().tolist() == [0, 0]
+    with pytest.raises(ValueError, match="no group is zero"):
+        WGSEF(dense_network(), masks="from_zeros")
