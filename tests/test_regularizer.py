@@ -175,6 +175,7 @@ def test_metrics_have_constant_names_and_true_values() -> None:
     ones = np.ones_like(norms)
     expected = oracle.value(norms, 2, ones, ones)
     assert metrics["3/value"].item() == pytest.approx(float(expected), rel=1e-6)
+    assert regularizer.value()[1].item() == pytest.approx(float(expected), rel=1e-6)
     train(model, optimizer, batches(1))
     metrics = regularizer.metrics()
     assert metrics["frozen"].item() == 1
