@@ -16,7 +16,7 @@ from lightning_wgsef import GroupedLayer, Member
 
 
 @contextmanager
-def refused(*words):
+def raises_naming(*words):
     """The block raises a plain ValueError whose message has all these words."""
     with pytest.raises(ValueError, match=r"\w") as caught:
         yield

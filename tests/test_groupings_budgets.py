@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import mlp, names, refused, stages, without
+from helpers import mlp, names, raises_naming, stages, without
 from torch import nn
 
 from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, prox_multipliers
@@ -84,22 +84,22 @@ ACCEPTED = "must be a number of groups (int >= 1) or a share (float in (0, 1])"
 
 @pytest.mark.parametrize("k", BAD_BUDGETS, ids=repr)
 def test_bad_budgets(k):
-    with refused(f"k {ACCEPTED}", f"got {k!r}"):
+    with raises_naming(f"k {ACCEPTED}", f"got {k!r}"):
         group_parameters(mlp(3, 6, 2), "channel", k)
-    with refused(f"k['2'] {ACCEPTED}", f"got {k!r}"):
+    with raises_naming(f"k['2'] {ACCEPTED}", f"got {k!r}"):
         group_parameters(mlp(3, 6, 2), "channel", {"2": k})
-    with refused(f"k['x*'] {ACCEPTED}", f"got {k!r}"):
+    with raises_naming(f"k['x*'] {ACCEPTED}", f"got {k!r}"):
         check_budget({"2": 0.5, "x*": k})
 
 
 def test_an_empty_mapping():
-    with refused("k is an empty mapping", "at least one pattern"):
+    with raises_naming("k is an empty mapping", "at least one pattern"):
         group_parameters(mlp(3, 6, 2), "channel", {})
 
 
 @pytest.mark.parametrize("k", [7, np.int64(7), {"2": 0.5, "4": 7}])
 def test_more_than_there_are(k):
-    with refused("k = 7", "the 4 groups of layer '4'", "(channel)"):
+    with raises_naming("k = 7", "the 4 groups of layer '4'", "(channel)"):
         group_parameters(mlp(3, 8, 4, 2), "channel", k)
 
 
@@ -140,7 +140,7 @@ def test_budgets_in_units_of_cost():
     assert half.costs.tolist() == [1, 2, 3, 4]
     counted = group_parameters(network, lambda model: scales(model, costs), 7)
     assert counted.budgets.tolist() == [7]
-    with refused("k = 11", "layer '0'"):
+    with raises_naming("k = 11", "layer '0'"):
         group_parameters(network, lambda model: scales(model, costs), 11)
 
 
@@ -166,7 +166,7 @@ def test_overlapping_groups_are_refused():
         rows, columns = filter_groups(model).layers[1], channel_groups(model).layers[1]
         return Groups([rows, replace(columns, name="columns")])
 
-    with refused("overlap", "'2.weight'", "(filter)", "(channel)"):
+    with raises_naming("overlap", "'2.weight'", "(filter)", "(channel)"):
         group_parameters(mlp(3, 4, 5, 2), rows_and_columns)
 
 
@@ -175,13 +175,13 @@ def test_a_function_that_returns_something_else(returned):
     def mine(model):
         return returned
 
-    with refused("grouping", "must return Groups", "mine", type(returned).__name__):
+    with raises_naming("grouping", "must return Groups", "mine", type(returned).__name__):
         group_parameters(mlp(3, 4, 2), mine)
 
 
 @pytest.mark.parametrize("grouping", ["chanel", "", "Channel", None, 3, ["channel"], {"channel"}])
 def test_unknown_groupings(grouping):
-    with refused("grouping must be 'channel', 'element', 'filter'", f"got {grouping!r}"):
+    with raises_naming("grouping must be 'channel', 'element', 'filter'", f"got {grouping!r}"):
         group_parameters(mlp(3, 4, 2), grouping)
 
 
@@ -195,25 +195,25 @@ def test_known_groupings_pass_the_check(grouping):
 
 @pytest.mark.parametrize("grouping", GROUPINGS)
 def test_a_model_without_weights(grouping):
-    with refused("Sequential has no layer", repr(grouping), "no weights"):
+    with raises_naming("Sequential has no layer", repr(grouping), "no weights"):
         group_parameters(nn.Sequential(nn.ReLU()), grouping)
 
 
 def test_a_model_without_groupable_layers():
     network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
-    with refused("Sequential has no layer", "'channel'", "0: Embedding", "1: first layer"):
+    with raises_naming("Sequential has no layer", "'channel'", "0: Embedding", "1: first layer"):
         group_parameters(network, "channel")
 
 
 def test_nothing_is_left():
-    with refused("has no layer", "'channel'", "2: named in exclude", "0: first layer"):
+    with raises_naming("has no layer", "'channel'", "2: named in exclude", "0: first layer"):
         group_parameters(mlp(3, 4, 2), "channel", exclude="2")
-    with refused("has no layer", "'channel'", "2: not named in include"):
+    with raises_naming("has no layer", "'channel'", "2: not named in include"):
         group_parameters(mlp(3, 4, 2), "channel", include=[])
 
 
 def test_a_function_without_groups_is_named():
-    with refused("has no layer", "'scales'", "the rest: no norm"):
+    with raises_naming("has no layer", "'scales'", "the rest: no norm"):
         group_parameters(mlp(3, 4, 2), scales)
-    with refused("has no layer", "'custom'"):  # a partial function has no name
+    with raises_naming("has no layer", "'custom'"):  # a partial function has no name
         group_parameters(mlp(3, 4, 2), partial(scales, costs=None))

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import members, mlp, names, refused, without
+from helpers import members, mlp, names, raises_naming, without
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -119,7 +119,7 @@ def test_a_norm_shared_by_two_layers():
     norm = nn.BatchNorm2d(4)
     first, second = nn.Sequential(nn.Conv2d(1, 4, 3), norm), nn.Sequential(nn.Conv2d(4, 4, 3), norm)
     network = nn.Sequential(first, second, nn.Conv2d(4, 2, 1))
-    with refused("groups overlap", "'0.1.weight'", "'0.0'", "'1.0'", "exclude"):
+    with raises_naming("groups overlap", "'0.1.weight'", "'0.0'", "'1.0'", "exclude"):
         group_parameters(network, "filter")
     assert names(group_parameters(network, "filter", exclude="1.0")) == ["0.0"]
 

@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import mlp, names, refused, stages, without
+from helpers import mlp, names, raises_naming, stages, without
 from torch import nn
 
 from lightning_wgsef import group_parameters
@@ -76,7 +76,7 @@ def test_a_frozen_layer_can_be_named():
 def test_a_tied_layer_cannot_be_named():
     network = mlp(4, 4, 4, 4)
     network[4].weight = network[2].weight
-    with refused("include", "'4'", "matches no layer"):
+    with raises_naming("include", "'4'", "matches no layer"):
         group_parameters(network, "channel", include="4")
 
 
@@ -84,14 +84,14 @@ def test_a_tied_layer_cannot_be_named():
 @pytest.mark.parametrize("pattern", ["conv", "A.2", "", "a.", "b.0.weight"])
 def test_a_pattern_without_a_layer(argument, pattern):
     value = {pattern: 0.5} if argument == "k" else ["head", pattern]
-    with refused(f"{argument}:", f"{pattern!r} matches no layer", "a.0, a.2, b.0, b.2, head"):
+    with raises_naming(f"{argument}:", f"{pattern!r} matches no layer", "a.0, a.2, b.0, b.2, head"):
         group_parameters(stages(), "channel", **{argument: value})
 
 
 @pytest.mark.parametrize("arguments", [{"k": {2: 0.5}}, {"include": 2}, {"exclude": [2]}])
 def test_a_pattern_that_is_no_string(arguments):
     """The layers of a Sequential have numbers for names: easily written without quotes."""
-    with refused(next(iter(arguments)), "2"):
+    with raises_naming(next(iter(arguments)), "2"):
         group_parameters(mlp(3, 4, 5), "channel", **arguments)
 
 

@@ -9,7 +9,7 @@ from helpers import (
     dense_rows,
     layer_of,
     parameter,
-    refused,
+    raises_naming,
     slow_norms,
     slow_scaled,
     some_in_no_group,
@@ -120,7 +120,7 @@ def test_split(three):
 
 
 def test_layers_of_one_name_are_refused(three):
-    with refused("names of layers must differ", "dense_rows"):
+    with raises_naming("names of layers must differ", "dense_rows"):
         Groups([*three.layers, three.layers[0]])
 
 
@@ -187,9 +187,9 @@ def columns(weight):
 
 def test_a_row_and_a_column_share_a_weight():
     weight = parameter(4, 3)
-    with refused("'fc.weight'", "'rows' (row)", "'columns' (column)"):
+    with raises_naming("'fc.weight'", "'rows' (row)", "'columns' (column)"):
         Groups([rows(weight), columns(weight)]).check_disjoint()
-    with refused("'fc.weight'", "'rows' (row)", "'columns' (column)"):
+    with raises_naming("'fc.weight'", "'rows' (row)", "'columns' (column)"):
         Groups([rows(weight)]).check_disjoint(Groups([columns(weight)]))
 
 
@@ -201,7 +201,7 @@ def test_a_row_may_miss_a_column():
     one, other = (GroupedLayer(str(m.axes), "mine", 1, (m,)) for m in (entries, column))
     Groups([one, other]).check_disjoint()
     crossing = Member("fc.weight", weight, (1,), torch.tensor([-1, 0, -1]))
-    with refused("'fc.weight'"):
+    with raises_naming("'fc.weight'"):
         Groups([one, GroupedLayer("other", "mine", 1, (crossing,))]).check_disjoint()
 
 
@@ -210,20 +210,20 @@ def test_disjoint_halves():
     upper, lower = halves(weight, of="upper"), halves(weight, of="lower")
     Groups([upper, lower]).check_disjoint()
     Groups([upper]).check_disjoint(Groups([lower]))
-    with refused("'fc.weight'", "'upper' (half)", "'rows' (row)"):
+    with raises_naming("'fc.weight'", "'upper' (half)", "'rows' (row)"):
         Groups([upper, lower, rows(weight)]).check_disjoint()
 
 
 def test_the_same_weight_twice_in_a_layer():
     weight = parameter(4, 3)
     member = Member("fc.weight", weight, (0,))
-    with refused("'fc.weight'", "'fc' (row)"):
+    with raises_naming("'fc.weight'", "'fc' (row)"):
         Groups([GroupedLayer("fc", "row", 4, (member, member))]).check_disjoint()
 
 
 def test_equal_values_are_not_the_same_weight():
     groups = Groups([rows(parameter(4, 3)), rows(parameter(4, 3), name="twin")])
     groups.check_disjoint()
-    with refused("'fc.weight'"):
+    with raises_naming("'fc.weight'"):
         groups.check_disjoint(groups)
     assert len(groups) == 8

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import filters_with_norm, layer_of, parameter, refused
+from helpers import filters_with_norm, layer_of, parameter, raises_naming
 from torch import nn
 
 from lightning_wgsef import GroupedLayer, Member
@@ -32,30 +32,30 @@ def test_largest_member():
 
 @pytest.mark.parametrize("axes", [(), (1, 0), (0, 0), (2,), (-1,), (0, 1, 2)])
 def test_axes_are_checked(axes):
-    with refused("'fc.weight'", "axes", "(4, 3)", f"got {axes}"):
+    with raises_naming("'fc.weight'", "axes", "(4, 3)", f"got {axes}"):
         Member("fc.weight", parameter(4, 3), axes)
 
 
 def test_a_number_has_no_axes():
-    with refused("'scale'", "axes", "shape ()"):
+    with raises_naming("'scale'", "axes", "shape ()"):
         Member("scale", nn.Parameter(torch.tensor(1.0)), (0,))
 
 
 @pytest.mark.parametrize("shape", [(3,), (5,), (4, 1), ()])
 def test_the_shape_of_the_index_is_checked(shape):
-    with refused("'fc.weight'", "index", "4 slices", f"got shape {shape}"):
+    with raises_naming("'fc.weight'", "index", "4 slices", f"got shape {shape}"):
         Member("fc.weight", parameter(4, 3), (0,), torch.zeros(shape, dtype=torch.long))
 
 
 def test_the_index_stays_within_the_groups():
     member = Member("fc.weight", parameter(4, 3), (0,), torch.tensor([0, 1, 3, -1]))
     assert GroupedLayer("fc", "mine", 4, (member,)).count == 4
-    with refused("'fc.weight'", "group 3", "'fc'", "3 groups"):
+    with raises_naming("'fc.weight'", "group 3", "'fc'", "3 groups"):
         GroupedLayer("fc", "mine", 3, (member,))
 
 
 def test_an_index_below_minus_one_is_refused():
-    with refused("'fc.weight'", "-2"):
+    with raises_naming("'fc.weight'", "-2"):
         member = Member("fc.weight", parameter(4, 3), (0,), torch.tensor([0, 1, -2, 0]))
         GroupedLayer("fc", "mine", 2, (member,))
 
@@ -63,7 +63,7 @@ def test_an_index_below_minus_one_is_refused():
 @pytest.mark.parametrize("count", [3, 5])
 def test_without_an_index_slices_are_groups(count):
     member = Member("fc.weight", parameter(4, 3), (0,))
-    with refused("'fc.weight'", "group 3", "'fc'", f"{count} groups"):
+    with raises_naming("'fc.weight'", "group 3", "'fc'", f"{count} groups"):
         GroupedLayer("fc", "mine", count, (member,))
 
 
@@ -80,7 +80,7 @@ BAD_WEIGHTS = [
 @pytest.mark.parametrize("values", [values for values, _ in BAD_WEIGHTS])
 def test_weights_and_costs_are_checked(name, values):
     member = Member("fc.weight", parameter(4, 3), (0,))
-    with refused(name, "'fc'", "positive", "(4,)"):
+    with raises_naming(name, "'fc'", "positive", "(4,)"):
         GroupedLayer("fc", "mine", 4, (member,), **{name: torch.tensor(values)})
 
 
@@ -88,5 +88,5 @@ def test_weights_and_costs_are_checked(name, values):
 @pytest.mark.parametrize(("values", "given"), BAD_WEIGHTS)
 def test_bad_weights_and_costs_are_shown(name, values, given):
     member = Member("fc.weight", parameter(4, 3), (0,))
-    with refused("got", given):
+    with raises_naming("got", given):
         GroupedLayer("fc", "mine", 4, (member,), **{name: torch.tensor(values)})

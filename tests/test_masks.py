@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from helpers import PRUNED, conv_network, kept, lists, pruned, refused
+from helpers import PRUNED, conv_network, kept, lists, pruned, raises_naming
 from torch import nn
 
 from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, masks_from_zeros
@@ -63,14 +63,14 @@ def test_a_state_dict_may_have_more_and_other_types():
 def test_no_zero_group():
     for model, grouping in ((conv_network(), "channel"), (pruned(), "filter")):
         groups = group_parameters(model, grouping)
-        with refused("no group is zero", groups.layers[0].name, groups.layers[1].name):
+        with raises_naming("no group is zero", groups.layers[0].name, groups.layers[1].name):
             masks_from_zeros(groups)
 
 
 def test_a_weight_is_missing():
     state = pruned().state_dict()
     del state["fc.weight"]
-    with refused("no weight 'fc.weight'", "another model"):
+    with raises_naming("no weight 'fc.weight'", "another model"):
         masks_from_zeros(group_parameters(conv_network()), state)
 
 
@@ -78,7 +78,7 @@ def test_a_weight_is_missing():
 def test_a_weight_of_another_shape(shape):
     state = pruned().state_dict()
     state["conv2.weight"] = torch.zeros(shape)
-    with refused("'conv2.weight'", str(shape), "(4, 6, 3, 3)", "another model"):
+    with raises_naming("'conv2.weight'", str(shape), "(4, 6, 3, 3)", "another model"):
         masks_from_zeros(group_parameters(conv_network()), state)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import PRUNED, conv_network, lists, pruned, refused
+from helpers import PRUNED, conv_network, lists, pruned, raises_naming
 from torch import nn
 
 from lightning_wgsef import group_parameters, masks_from_zeros
@@ -47,12 +47,12 @@ def test_a_checkpoint_of_lightning(groups, tmp_path):
 
 
 def test_a_missing_file(groups, tmp_path):
-    with refused("masks:", "no-such.ckpt", "cannot be read"):
+    with raises_naming("masks:", "no-such.ckpt", "cannot be read"):
         masks_from_checkpoint(groups, tmp_path / "no-such.ckpt")
 
 
 def test_a_folder(groups, tmp_path):
-    with refused("masks:", str(tmp_path), "cannot be read"):
+    with raises_naming("masks:", str(tmp_path), "cannot be read"):
         masks_from_checkpoint(groups, tmp_path)
 
 
@@ -63,7 +63,7 @@ def test_a_truncated_file(groups, tmp_path, new, share):
     torch.save(pruned().state_dict(), path, _use_new_zipfile_serialization=new)
     content = path.read_bytes()
     path.write_bytes(content[: int(share * len(content))])
-    with refused("masks:", "cut.ckpt", "cannot be read"):
+    with raises_naming("masks:", "cut.ckpt", "cannot be read"):
         masks_from_checkpoint(groups, path)
 
 
@@ -84,7 +84,7 @@ def test_a_truncated_file(groups, tmp_path, new, share):
 def test_a_file_of_something_else(groups, tmp_path, content):
     path = tmp_path / "other.ckpt"
     path.write_bytes(content)
-    with refused("masks:", "other.ckpt", "cannot be read"):
+    with raises_naming("masks:", "other.ckpt", "cannot be read"):
         masks_from_checkpoint(groups, path)
 
 
@@ -92,10 +92,10 @@ def test_a_file_of_something_else(groups, tmp_path, content):
 def test_a_file_without_a_state_dict(groups, tmp_path, content):
     path = tmp_path / "other.pt"
     torch.save(content, path)
-    with refused("masks:", "other.pt", type(content).__name__, "no state_dict"):
+    with raises_naming("masks:", "other.pt", type(content).__name__, "no state_dict"):
         masks_from_checkpoint(groups, path)
     torch.save({"state_dict": content}, path)
-    with refused("masks:", "other.pt", "no state_dict"):
+    with raises_naming("masks:", "other.pt", "no state_dict"):
         masks_from_checkpoint(groups, path)
 
 
@@ -112,25 +112,25 @@ def test_a_file_without_a_state_dict(groups, tmp_path, content):
 )
 def test_a_dictionary_of_something_else(groups, tmp_path, content):
     torch.save(content, tmp_path / "other.pt")
-    with refused("conv2.weight"):
+    with raises_naming("conv2.weight"):
         masks_from_checkpoint(groups, tmp_path / "other.pt")
 
 
 def test_a_checkpoint_of_another_model(groups, tmp_path):
     path = tmp_path / "other.ckpt"
     torch.save(nn.Sequential(nn.Linear(2, 3)).state_dict(), path)
-    with refused("no weight 'conv2.weight'", "another model"):
+    with raises_naming("no weight 'conv2.weight'", "another model"):
         masks_from_checkpoint(groups, path)
     wider = pruned()
     wider.conv2 = nn.Conv2d(6, 5, 3)
     torch.save({"state_dict": wider.state_dict()}, path)
-    with refused("'conv2.weight'", "(5, 6, 3, 3)", "(4, 6, 3, 3)", "another model"):
+    with raises_naming("'conv2.weight'", "(5, 6, 3, 3)", "(4, 6, 3, 3)", "another model"):
         masks_from_checkpoint(groups, path)
 
 
 def test_a_checkpoint_that_is_not_pruned(groups, tmp_path):
     torch.save({"state_dict": conv_network().state_dict()}, tmp_path / "dense.ckpt")
-    with refused("no group is zero", "conv2, fc"):
+    with raises_naming("no group is zero", "conv2, fc"):
         masks_from_checkpoint(groups, tmp_path / "dense.ckpt")
 
 
@@ -163,7 +163,7 @@ def test_a_malicious_file_is_refused_and_not_executed(groups, tmp_path, how):
         path.write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=how == "torch")
-    with refused("masks:", "bad.ckpt", "cannot be read"):
+    with raises_naming("masks:", "bad.ckpt", "cannot be read"):
         masks_from_checkpoint(groups, path)
     assert not harm.exists()
     if how == "pickle":

@@ -5,7 +5,7 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import ones, refused, rows
+from helpers import ones, raises_naming, rows
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -295,5 +295,5 @@ def test_format_table():
 
 @pytest.mark.parametrize("row", [[], ["1"], ["1", "2", "3"]])
 def test_rows_are_as_long_as_the_header(row):
-    with refused("argument"):
+    with raises_naming("argument"):
         format_table(["a", "b"], [row])

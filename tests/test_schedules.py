@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from helpers import refused
+from helpers import raises_naming
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -53,7 +53,7 @@ def test_warmup_by_a_share():
     schedule = Warmup(2.0, length=0.25)
     assert schedule.steps(16) == 4
     assert [schedule.step_size(i, 16, lr=0.5) for i in range(5)] == [0.25, 0.5, 0.75, 1, 1]
-    with refused("Warmup(length=...) = 0.25", "is not known", "max_epochs", "total_steps"):
+    with raises_naming("Warmup(length=...) = 0.25", "is not known", "max_epochs", "total_steps"):
         schedule.step_size(0, None, lr=0.5)
 
 
@@ -102,7 +102,7 @@ def test_homotopy_defaults_to_half_of_training():
     assert schedule.steps(1000) == 500
     assert schedule.step_size(498, 1000, lr=0.1) < 1
     assert schedule.step_size(499, 1000, lr=0.1) == 1
-    with refused("Homotopy(length=...) = 0.5", "is not known"):
+    with raises_naming("Homotopy(length=...) = 0.5", "is not known"):
         schedule.step_size(0, None, lr=0.1)
 
 
@@ -137,23 +137,23 @@ def test_homotopy_at_the_ends_of_its_range(start):
 @pytest.mark.parametrize("lam", BAD_LAMS)
 @pytest.mark.parametrize("make", [Constant, Warmup, as_schedule])
 def test_bad_lam(make, lam):
-    with refused("lam must be a finite number, at least 0", f"got {lam!r}"):
+    with raises_naming("lam must be a finite number, at least 0", f"got {lam!r}"):
         make(lam)
 
 
 @pytest.mark.parametrize("start", [0, 0.0, -0.1, 1.5, 2, math.nan, math.inf, True, "1", None])
 def test_bad_start(start):
-    with refused("start must be a finite number, positive and at most 1", f"got {start!r}"):
+    with raises_naming("start must be a finite number, positive and at most 1", f"got {start!r}"):
         Homotopy(start)
 
 
 @pytest.mark.parametrize("length", BAD_LENGTHS, ids=repr)
 def test_bad_lengths(length):
-    with refused(f"length {LENGTH}", f"got {length!r}"):
+    with raises_naming(f"length {LENGTH}", f"got {length!r}"):
         Warmup(1.0, length)
-    with refused(f"length {LENGTH}", f"got {length!r}"):
+    with raises_naming(f"length {LENGTH}", f"got {length!r}"):
         Homotopy(length=length)
-    with refused(f"patience {LENGTH}", f"got {length!r}"):
+    with raises_naming(f"patience {LENGTH}", f"got {length!r}"):
         check_length("patience", length)
 
 
@@ -202,13 +202,13 @@ def test_a_schedule_of_ones_own():
     "lam", ["0.1", [0.1], {}, object()], ids=["text", "list", "mapping", "object"]
 )
 def test_what_is_no_schedule(lam):
-    with refused("lam must be a number or a schedule such as Homotopy()", f"got {lam!r}"):
+    with raises_naming("lam must be a number or a schedule such as Homotopy()", f"got {lam!r}"):
         as_schedule(lam)
 
 
 @pytest.mark.parametrize("lam", [Homotopy, Constant])
 def test_a_schedule_without_its_parentheses(lam):
-    with refused("lam must be a number or a schedule such as Homotopy()", lam.__name__):
+    with raises_naming("lam must be a number or a schedule such as Homotopy()", lam.__name__):
         as_schedule(lam)
 
 
@@ -219,13 +219,13 @@ def test_good_freeze(freeze):
 
 @pytest.mark.parametrize("freeze", [0, -1, 0.0, 1.5, math.nan, math.inf])
 def test_freeze_out_of_range(freeze):
-    with refused(f"freeze {LENGTH}", f"got {freeze!r}"):
+    with raises_naming(f"freeze {LENGTH}", f"got {freeze!r}"):
         check_freeze(freeze)
 
 
 @pytest.mark.parametrize("freeze", ["convergence", "", True, False, [10], ("converged",)])
 def test_what_is_no_freeze(freeze):
-    with refused("freeze must be 'converged'", "(int)", "None", f"got {freeze!r}"):
+    with raises_naming("freeze must be 'converged'", "(int)", "None", f"got {freeze!r}"):
         check_freeze(freeze)
 
 
@@ -244,13 +244,15 @@ def test_debias_is_kept(debias):
 @pytest.mark.parametrize("schedule", [Constant(0.1), Homotopy()])
 @pytest.mark.parametrize("debias", [-0.1, 1.1, 2, math.nan, math.inf, True, "1"])
 def test_bad_debias(debias, schedule):
-    with refused("debias must be a finite number, at least 0 and at most 1", f"got {debias!r}"):
+    with raises_naming(
+        "debias must be a finite number, at least 0 and at most 1", f"got {debias!r}"
+    ):
         resolve_debias(debias, schedule)
 
 
 @pytest.mark.parametrize("debias", [0, 0.0, 0.5, 0.999])
 def test_a_homotopy_is_unbiased(debias):
-    with refused("debias must be 1 (or None)", "Homotopy(start=0.0001", f"got {debias!r}"):
+    with raises_naming("debias must be 1 (or None)", "Homotopy(start=0.0001", f"got {debias!r}"):
         resolve_debias(debias, Homotopy())
     assert resolve_debias(1, Homotopy()) == 1
 
@@ -283,5 +285,7 @@ def test_a_share_stays_within_training(length, total):
 
 
 def test_a_share_of_an_unknown_length():
-    with refused("freeze = 0.5", "share of training", "is not known", "max_epochs or max_steps"):
+    with raises_naming(
+        "freeze = 0.5", "share of training", "is not known", "max_epochs or max_steps"
+    ):
         in_steps("freeze", 0.5, None)
