@@ -106,7 +106,9 @@ class WGSEFCallback(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and masks."""
-        return dict(self._state) if self.regularizer is None else self.regularizer.state_dict()
+        if self._state or self.regularizer is None:  # loaded, and no training since
+            return dict(self._state)
+        return self.regularizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep the state for the next fit."""
@@ -126,10 +128,10 @@ class WGSEFCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Group the weights, with everything that can be wrong about them, before training."""
         earlier = self.regularizer
-        if earlier is not None:
-            # A second fit of the same model goes on where the first one ended.
-            same = earlier.model is pl_module and earlier.attachments
-            self._state = earlier.state_dict() if same else {}
+        if earlier is not None and earlier.model is not pl_module:
+            self._state = {}
+        elif earlier is not None and earlier.attachments:
+            self._state = earlier.state_dict()  # a second fit goes on where the first one ended
         arguments = dict(self.arguments)
         if self._state and arguments["masks"] is not None:
             arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone

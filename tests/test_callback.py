@@ -95,6 +95,23 @@ def test_resume_is_bit_identical(tmp_path: Any, optimizer: str, stop: int) -> No
     assert (state["attachments"][0]["masks"] is None) == (stop < 40)
 
 
+def test_resuming_a_finished_run_keeps_its_masks(tmp_path: Any) -> None:
+    model = make_module()
+    trainer = make_trainer([WGSEFCallback(k=0.25)])
+    trainer.fit(model, loader())
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    callback = WGSEFCallback(k=0.25)
+    again = make_trainer([callback])  # as many epochs: nothing is left to train
+    again.fit(make_module(), loader(), ckpt_path=tmp_path / "first.ckpt")
+    again.save_checkpoint(tmp_path / "second.ckpt")
+    last = make_module()
+    more = make_trainer([callback], max_epochs=3)
+    more.fit(last, loader(), ckpt_path=tmp_path / "second.ckpt")
+    assert alive(last) == BUDGET
+    assert callback.regularizer.attachments[0].taken == 20  # frozen since then, not begun anew
+    assert callback.regularizer.frozen
+
+
 def test_dense_checkpoint_without_callback_state(tmp_path: Any) -> None:
     dense = make_module()
     trainer = make_trainer([], max_epochs=1)
