@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -204,6 +204,25 @@ def check_number(
         wanted = "positive" if positive else "at least 0"
         bound = f" and at most {highest:g}" if math.isfinite(highest) else ""
         raise ValueError(f"{name} must be a finite number, {wanted}{bound}, got {value!r}")
+
+
+def check_count_or_share(name: str, value: object, unit: str) -> None:
+    """Raise `ValueError` unless ``value`` is a count (int >= 1) or a share (float in (0, 1]).
+
+    >>> check_count_or_share("k", 1.5, "groups")
+    Traceback (most recent call last):
+    ...
+    ValueError: k must be a number of groups (int >= 1) or a share (float in (0, 1]), got 1.5
+    """
+    if isinstance(value, Integral):
+        valid = int(value) >= 1
+    else:
+        valid = isinstance(value, Real) and 0 < float(value) <= 1
+    if not valid or isinstance(value, bool):
+        raise ValueError(
+            f"{name} must be a number of {unit} (int >= 1) or a share (float in (0, 1]), "
+            f"got {value!r}"
+        )
 
 
 def _segment_count(k: float | Tensor, segments: Tensor | None, norms: Tensor) -> int:

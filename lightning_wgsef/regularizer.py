@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from lightning_wgsef.schedules import (
     Schedule,
     as_schedule,
     check_freeze,
-    check_length,
     resolve_debias,
 )
 
@@ -88,10 +88,10 @@ class WGSEF:
         self.schedule = as_schedule(lam)
         self.debias = resolve_debias(debias, self.schedule)
         check_freeze(freeze)
-        if total_steps is not None:
-            check_length("total_steps", total_steps)
+        if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
+            raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
         self.freeze_rule = freeze
-        self.total_steps = total_steps
+        self.total_steps: int | None = total_steps
         self.model = model
         budget = 1.0 if masks is not None else k
         self.groups = group_parameters(model, grouping, budget, include=include, exclude=exclude)

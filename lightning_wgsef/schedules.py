@@ -14,7 +14,7 @@ from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from lightning_wgsef.budgets import check_number
+from lightning_wgsef.budgets import check_count_or_share, check_number
 
 
 class Schedule(Protocol):
@@ -185,15 +185,7 @@ def check_length(name: str, length: object) -> None:
     ...
     ValueError: length must be a number of steps (int >= 1) or a share (float in (0, 1]), got 1.5
     """
-    if isinstance(length, Integral) and not isinstance(length, bool):
-        valid = int(length) >= 1
-    else:
-        valid = isinstance(length, Real) and not isinstance(length, bool) and 0 < float(length) <= 1
-    if not valid:
-        raise ValueError(
-            f"{name} must be a number of steps (int >= 1) or a share (float in (0, 1]), "
-            f"got {length!r}"
-        )
+    check_count_or_share(name, length, "steps")
 
 
 def in_steps(name: str, length: int | float, total: int | None) -> int:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections import OrderedDict
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,6 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef import GroupedLayer, Member
+
+FASHION_MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "fashion-mnist"
+needs_fashion_mnist = pytest.mark.skipif(
+    not FASHION_MNIST.is_dir(), reason=f"the four Fashion-MNIST files are not in {FASHION_MNIST}"
+)
 
 
 @contextmanager

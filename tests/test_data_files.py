@@ -14,16 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from helpers import FASHION_MNIST, needs_fashion_mnist
 
 from examples import files
 from examples.data import CIFAR10, FashionMNIST
 
-FASHION = Path(__file__).resolve().parents[1] / "../shared/data/fashion-mnist"
 UNREACHABLE = "http://127.0.0.1:9/"
-needs_fashion = pytest.mark.skipif(
-    not all((FASHION / name).exists() for name in files.FASHION_MNIST_MD5),
-    reason=f"the four Fashion-MNIST files are not in {FASHION}",
-)
 
 
 class QuietHandler(SimpleHTTPRequestHandler):
@@ -60,13 +56,13 @@ def contents(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def fashion() -> FashionMNIST:
-    data = FashionMNIST(FASHION, val_size=0)
+    data = FashionMNIST(FASHION_MNIST, val_size=0)
     data.prepare_data()
     data.setup()
     return data
 
 
-@needs_fashion
+@needs_fashion_mnist
 def test_fashion_mnist_is_complete(fashion: FashionMNIST) -> None:
     images, labels = fashion.train_set
     assert images.shape == (60_000, 1, 28, 28)
@@ -83,9 +79,9 @@ def test_fashion_mnist_is_complete(fashion: FashionMNIST) -> None:
     assert labels.dtype == torch.int64
 
 
-@needs_fashion
+@needs_fashion_mnist
 def test_validation_images_are_cut_from_the_training_images(fashion: FashionMNIST) -> None:
-    data = FashionMNIST(FASHION, val_size=1_000)
+    data = FashionMNIST(FASHION_MNIST, val_size=1_000)
     data.setup()
     assert torch.equal(data.val_set[0], fashion.train_set[0][59_000:])
     assert torch.equal(data.train_set[1], fashion.train_set[1][:59_000])
@@ -96,14 +92,14 @@ def test_validation_images_are_cut_from_the_training_images(fashion: FashionMNIS
 def with_truncated(folder: Path, name: str) -> str:
     """Copies the real files, one of them cut in half; returns the half's MD5."""
     for each in files.FASHION_MNIST_MD5:
-        (folder / each).write_bytes((FASHION / each).read_bytes())
-    half = (FASHION / name).read_bytes()
+        (folder / each).write_bytes((FASHION_MNIST / each).read_bytes())
+    half = (FASHION_MNIST / name).read_bytes()
     half = half[: len(half) // 2]
     (folder / name).write_bytes(half)
     return hashlib.md5(half).hexdigest()
 
 
-@needs_fashion
+@needs_fashion_mnist
 @pytest.mark.parametrize("name", files.FASHION_MNIST_MD5)
 def test_a_truncated_file_is_named_with_both_sums(tmp_path: Path, name: str) -> None:
     found = with_truncated(tmp_path, name)
@@ -130,11 +126,11 @@ def test_without_network_the_message_says_which_files_go_where(
     assert contents(tmp_path) == [present]
 
 
-@needs_fashion
+@needs_fashion_mnist
 def test_missing_files_are_downloaded_and_verified(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve
 ) -> None:
-    monkeypatch.setattr(files, "FASHION_MNIST_URL", serve(FASHION))
+    monkeypatch.setattr(files, "FASHION_MNIST_URL", serve(FASHION_MNIST))
     folder = tmp_path / "not" / "there" / "yet"
     data = FashionMNIST(folder)
     data.prepare_data()
@@ -145,7 +141,7 @@ def test_missing_files_are_downloaded_and_verified(
     data.prepare_data()  # nothing is missing any more
 
 
-@needs_fashion
+@needs_fashion_mnist
 def test_a_corrupt_download_leaves_nothing_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, serve
 ) -> None:

@@ -7,13 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import FASHION_MNIST, needs_fashion_mnist
 
 from examples import comparison, lenet_fashion_mnist, quickstart
-
-FASHION_MNIST = Path(__file__).parent.parent.parent / "shared" / "data" / "fashion-mnist"
-needs_fashion_mnist = pytest.mark.skipif(
-    not FASHION_MNIST.is_dir(), reason=f"Fashion-MNIST is not in {FASHION_MNIST}"
-)
 
 
 def run(main, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

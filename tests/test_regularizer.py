@@ -206,6 +206,7 @@ def test_detached_leaves_the_weights_alone() -> None:
         ({"freeze": 0}, r"freeze must be a number of steps.*got 0"),
         ({"freeze": 1.5}, r"freeze must be a number of steps.*got 1\.5"),
         ({"total_steps": 0}, r"total_steps must be.*got 0"),
+        ({"total_steps": 0.5}, r"total_steps must be.*got 0\.5"),
         ({"k": 0}, r"k must be a number of groups.*got 0"),
         ({"masks": "nowhere.ckpt"}, r"masks: 'nowhere\.ckpt' cannot be read"),
     ],

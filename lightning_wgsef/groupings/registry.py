@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.budgets import check_count_or_share
 from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.elements import element_groups
 from lightning_wgsef.groupings.filters import filter_groups
@@ -117,20 +118,9 @@ def check_budget(k: Budget) -> None:
         if not k:
             raise ValueError("k is an empty mapping: give at least one pattern and its budget")
         for pattern, value in k.items():
-            _check_one_budget(f"k[{pattern!r}]", value)
+            check_count_or_share(f"k[{pattern!r}]", value, "groups")
     else:
-        _check_one_budget("k", k)
-
-
-def _check_one_budget(name: str, k: object) -> None:
-    if isinstance(k, Integral) and not isinstance(k, bool):
-        valid = int(k) >= 1
-    else:
-        valid = isinstance(k, Real) and not isinstance(k, bool) and 0 < float(k) <= 1
-    if not valid:
-        raise ValueError(
-            f"{name} must be a number of groups (int >= 1) or a share (float in (0, 1]), got {k!r}"
-        )
+        check_count_or_share("k", k, "groups")
 
 
 def _name(grouping: str | Grouping) -> str:
