@@ -9,7 +9,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check lenet comparison clean
+.PHONY: demo test lint check bench lenet comparison clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -24,15 +24,27 @@ lint: .venv/installed
 check: .venv/installed
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
+# BENCH="-k elements": only some of them, and the table goes to .benchmarks/.
+bench: .venv/installed  ## Ratios to floors measured in the same run: tests/benchmarks/results.
+	mkdir -p .benchmarks
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m pytest tests/benchmarks $(BENCH) -o addopts= \
+		-o python_files='bench_*.py' -p benchmark --benchmark-json=.benchmarks/raw.json \
+		--benchmark-columns=median,iqr,rounds; status=$$?; \
+		$(BIN)/python tests/benchmarks/table.py .benchmarks/raw.json \
+		$(if $(BENCH),.benchmarks,tests/benchmarks/results) && exit $$status
+
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)
 
 comparison: .venv/installed  ## Hours: what examples/results was made with. Restartable.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison lenet --data-dir $(DATA) --freeze 0.5 0.8
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison metric_0.1 --data-dir $(DATA)
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison metric_0.25 --data-dir $(DATA)
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.sparse_learning --data-dir $(DATA)
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison batchnorm --data-dir $(CIFAR)
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -51,8 +51,14 @@ class Task:
     epochs: int
 
 
-def _constant(lam: float) -> Method:
-    return lambda groups, freeze: WGSEFCallback(lam=lam, freeze=freeze, **groups)
+def _constant(lam: float, metric: str = "identity") -> Method:
+    return lambda groups, freeze: WGSEFCallback(lam=lam, freeze=freeze, metric=metric, **groups)
+
+
+def _homotopy(metric: str) -> Method:
+    return lambda groups, freeze: WGSEFCallback(
+        lam=Homotopy(length=freeze), metric=metric, **groups
+    )
 
 
 METHODS: dict[str, Method] = {
@@ -61,6 +67,30 @@ METHODS: dict[str, Method] = {
     "one-shot magnitude": _constant(0.0),  # nothing until the projection at the freeze
     **{f"constant lam {lam:g}": _constant(lam) for lam in (0.03, 0.1, 0.3, 1.0)},
 }
+# The same, in the metric that Adam steps in and in its means over groups. Its entries are of the
+# size of gradients, so that the same lam weighs more.
+IN_METRIC: dict[str, Method] = {
+    "homotopy": _homotopy("identity"),
+    "homotopy in Adam's metric": _homotopy("auto"),
+    "homotopy in its group means": _homotopy("group"),
+    **{f"constant lam {lam:g}": _constant(lam) for lam in (0.1, 0.3, 1.0)},
+    **{
+        f"constant lam {lam:g} in Adam's metric": _constant(lam, "auto")
+        for lam in (1e-4, 1e-3, 1e-2)
+    },
+    **{
+        f"constant lam {lam:g} in its group means": _constant(lam, "group")
+        for lam in (1e-4, 1e-3, 1e-2)
+    },
+}
+BEST_IN_METRIC = (  # of each kind the lam that was best with a tenth of the channels
+    "homotopy",
+    "homotopy in Adam's metric",
+    "homotopy in its group means",
+    "constant lam 0.3",
+    "constant lam 0.001 in Adam's metric",
+    "constant lam 0.0001 in its group means",
+)
 TASKS = {
     "lenet": Task(
         network=LeNet5,
@@ -71,6 +101,18 @@ TASKS = {
         methods=tuple(METHODS),
         epochs=5,
     ),
+    **{
+        f"metric_{k:g}": Task(
+            network=LeNet5,
+            data=lambda folder: FashionMNIST(folder, batch_size=128),
+            k=k,
+            exclude="*fc3",
+            groupings=("channel",),
+            methods=methods,
+            epochs=5,
+        )
+        for k, methods in ((0.1, tuple(IN_METRIC)), (0.25, BEST_IN_METRIC))
+    },
     "batchnorm": Task(
         network=FiveLayerBatchNorm,
         data=lambda folder: CIFAR10(folder, batch_size=128),
@@ -148,7 +190,7 @@ def run(
     data.setup("test")
     model = Classifier(task.network())
     arguments = {"k": task.k, "grouping": grouping, "exclude": task.exclude or None}
-    pruning = None if method == "dense" else METHODS[method](arguments, freeze)
+    pruning = None if method == "dense" else (METHODS | IN_METRIC)[method](arguments, freeze)
     watch = AccuracyAtFreeze(data.test_dataloader(), freeze, arguments)
     started = time.time()
     trainer = pl.Trainer(

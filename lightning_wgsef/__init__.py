@@ -12,11 +12,17 @@ from lightning_wgsef.envelope import sparsity_gap as sparsity_gap
 from lightning_wgsef.groupings.registry import group_parameters as group_parameters
 from lightning_wgsef.groups import GroupedLayer as GroupedLayer
 from lightning_wgsef.groups import Groups as Groups
+from lightning_wgsef.half_space import HalfSpace as HalfSpace
 from lightning_wgsef.masks import masks_from_zeros as masks_from_zeros
 from lightning_wgsef.members import Member as Member
+from lightning_wgsef.metric import prox_metric as prox_metric
+from lightning_wgsef.penalties import Envelope as Envelope
+from lightning_wgsef.penalties import GroupLasso as GroupLasso
+from lightning_wgsef.preconditioners import register_preconditioner as register_preconditioner
 from lightning_wgsef.regularizer import WGSEF as WGSEF
 from lightning_wgsef.report import sparsity_report as sparsity_report
 from lightning_wgsef.schedules import Constant as Constant
+from lightning_wgsef.schedules import CubicRamp as CubicRamp
 from lightning_wgsef.schedules import Homotopy as Homotopy
 from lightning_wgsef.schedules import Warmup as Warmup
 

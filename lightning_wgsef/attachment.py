@@ -10,28 +10,29 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_wgsef.envelope import envelope_value, prox_multipliers, sparsity_gap
+from lightning_wgsef.competitors import value_and_gap
 from lightning_wgsef.groups import Groups
+from lightning_wgsef.half_space import HalfSpace, inside_half_space
 from lightning_wgsef.masks import Convergence, Masks, apply_masks, clear_moments
-from lightning_wgsef.schedules import Schedule, in_steps
+from lightning_wgsef.proximal_step import ProximalStep
+from lightning_wgsef.schedules import CubicRamp, in_steps
 
 LOOK_EVERY = 50
 """Steps between two looks at the numbers on the host: convergence, collapse, finite weights."""
 _LATEST = 0.75
 """Share of training at which a mask that has not converged is fixed: the budget is a promise."""
 _COLLAPSED = 1e-3
+_MEASURED = ("weights", "costs", "budgets")
 
 
 class Attachment:
     """The groups that one optimizer trains, and where they are on their way to the budget.
 
     Args:
-        groups: groups all of whose members ``optimizer`` trains.
-        optimizer: read for its learning rates; its moments are cleared at the freeze.
-        schedule: step sizes over training.
-        debias: the share of the ridge that is taken back, see `prox_multipliers`.
+        step: the proximal step, with the groups and the optimizer that trains all their members.
         freeze: "converged", a number of steps, a share of training, or None (never).
-        total_steps: how many steps training lasts, if known.
+        ramp: how the budgets fall to those of the groups; None: they are those from the start.
+        half_space: the projection that follows the step; None: none does.
         masks: masks to keep from the start.
 
     Raises:
@@ -40,41 +41,63 @@ class Attachment:
 
     def __init__(
         self,
-        groups: Groups,
-        optimizer: Optimizer,
-        schedule: Schedule,
+        step: ProximalStep,
         *,
-        debias: float,
         freeze: str | int | float | None,
-        total_steps: int | None,
+        ramp: CubicRamp | None = None,
+        half_space: HalfSpace | None = None,
         masks: Masks | None = None,
     ) -> None:
-        self.groups = groups
-        self.optimizer = optimizer
-        self.schedule = schedule
-        self.debias = debias
-        self.total_steps = total_steps
+        self.step = step
+        self.groups = step.groups
+        self.optimizer = step.optimizer
+        self.total_steps = step.total_steps
         self.taken = 0
         self.masks = masks
-        self.step_size: float | Tensor = 0.0
-        self._waits = freeze == "converged" and not schedule.homotopy
+        self._waits = freeze == "converged" and not step.schedule.homotopy
         self._freeze_at: int | None = None
+        self._ramp = ramp
+        self._half_space = half_space
+        self._half_space_from = 0
+        self._before: dict[str, Tensor] = {}
         self._convergence = Convergence()
         self._start_norms: Tensor | None = None
         self._collapse_reported = False
         self._all_finite: Tensor | None = None
-        self._heaviest = 1.0 if groups.weights is None else float(groups.weights.max())
-        self._owner = self._param_groups_of_layers()
         if masks is not None:
-            apply_masks(groups, masks)
-        else:
-            schedule.steps(total_steps)  # an unknown length is an error now, not at the first step
-            self._freeze_at = self._freeze_step(freeze)
+            apply_masks(self.groups, masks)
+            return
+        step.schedule.steps(self.total_steps)  # an unknown length is an error now, not in the run
+        self.budgets()
+        if half_space is not None:
+            self._half_space_from = in_steps("start", half_space.start, self.total_steps)
+        self._freeze_at = self._freeze_step(freeze)
 
     @property
     def frozen(self) -> bool:
         """Is the mask fixed?"""
         return self.masks is not None
+
+    @property
+    def step_size(self) -> float | Tensor:
+        """The step size of the last step; 0 once the mask is fixed."""
+        return 0.0 if self.frozen else self.step.size
+
+    def budgets(self) -> Tensor:
+        """The budgets of the next step, shape (S,)."""
+        groups = self.groups
+        if self._ramp is None:
+            return groups.budgets
+        left = self._ramp.left(self.taken, self.total_steps)
+        budgets = groups.budgets + (groups.totals - groups.budgets) * left
+        return budgets if groups.costs is not None else budgets.ceil()
+
+    def before_step(self) -> None:
+        """Remember the weights where the half-space step will ask for them."""
+        if self.masks is None and self._in_half_space_stage():
+            self._before = {
+                member.name: member.parameter.detach().clone() for member in self.groups.members
+            }
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -88,28 +111,31 @@ class Attachment:
             return
         if not self._has_gradients():
             return
-        norms = self.groups.norms()
+        norms = self.step.norms()
         self._guard(norms)
         if self._start_norms is None:
-            self._start_norms = self._layer_norms(norms)
-        freeze_now = self._freeze_at is not None and self.taken + 1 >= self._freeze_at
-        multipliers = self._project(norms) if freeze_now else self._multipliers(norms)
-        self.taken += 1
-        if freeze_now:
-            alive = (multipliers > 0) & (norms > 0)
+            self._start_norms = self._layer_norms(self.groups.norms())
+        if self._freeze_at is not None and self.taken + 1 >= self._freeze_at:
+            alive = self.step.survivors(norms, self.groups.budgets)
+            self.taken += 1
             if self._waits:
                 self._report_cut(norms > 0, alive)
             self.freeze(alive)
             return
-        self.groups.scale_(self._unless_skipped(multipliers))
+        self.step.take(norms, self.taken, self.budgets(), self._allowed())
+        if self._before:
+            epsilon = self._half_space.epsilon if self._half_space is not None else 0.0
+            self.step.scale_(inside_half_space(self.groups, self._before, epsilon))
+            self._before = {}
+        self.taken += 1
         if self.taken % LOOK_EVERY == 0:
-            self._look(norms * multipliers)
+            self._look()
 
     def freeze(self, alive: Tensor) -> None:
         """Fix the mask: ``alive`` is a boolean for every group, shape (m,)."""
         self.check_finite()
         self.masks = self.groups.split(alive)
-        self.step_size = 0.0
+        self.step.settle()
         apply_masks(self.groups, self.masks)
         clear_moments(self.groups, self.masks, self.optimizer)
 
@@ -139,11 +165,13 @@ class Attachment:
             "unchanged": self._convergence.unchanged,
             "alive": self._convergence.alive,
             "collapse_reported": self._collapse_reported,
+            **self.step.state_dict(),
+            **{name: getattr(self.groups, name) for name in _MEASURED},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`."""
-        device = self.groups.segments.device
+        device = self.groups.device
 
         def here(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -155,45 +183,16 @@ class Attachment:
         self._convergence.unchanged = state["unchanged"]
         self._convergence.alive = here(state["alive"])
         self._collapse_reported = state["collapse_reported"]
+        self.step.load_state_dict(state)
+        for name in _MEASURED:  # at the start of the run: the weights have changed since then
+            setattr(self.groups, name, here(state[name]))
 
-    def _multipliers(self, norms: Tensor) -> Tensor:
-        groups = self.groups
-        self.step_size = self.schedule.step_size(self.taken, self.total_steps, self._lr())
-        if self.schedule.homotopy:
-            return prox_multipliers(
-                self._in_metric_of_weights(norms),
-                self.step_size,
-                groups.budgets,
-                costs=groups.costs,
-                segments=groups.segments,
-                debias=1.0,
-                anchored=True,
-            )
-        if self.debias > 0:  # beyond this the step is no proximal step: it stops at the projection
-            limit = 1 / (self.debias * self._heaviest)
-            step = torch.as_tensor(self.step_size, dtype=torch.float64, device=norms.device)
-            self.step_size = step.clamp(max=limit)
-        return prox_multipliers(
-            norms, self.step_size, groups.budgets, debias=self.debias, **groups.competition
-        )
-
-    def _project(self, norms: Tensor) -> Tensor:
-        groups = self.groups
-        strengths = self._in_metric_of_weights(norms)
-        return prox_multipliers(
-            strengths, 1.0, groups.budgets, costs=groups.costs, segments=groups.segments, debias=1.0
-        )
-
-    def _in_metric_of_weights(self, norms: Tensor) -> Tensor:
-        return norms if self.groups.weights is None else norms * self.groups.weights.sqrt()
-
-    def _look(self, norms: Tensor) -> None:
+    def _look(self) -> None:
         self.check_finite()
-        groups = self.groups
+        groups, norms = self.groups, self.groups.norms()
         if self._waits:
             alive = norms > 0
-            value = envelope_value(norms, groups.budgets, **groups.competition)
-            gap = sparsity_gap(norms, groups.budgets, **groups.competition)
+            value, gap = value_and_gap(groups, norms, groups.budgets)
             if self._convergence.look(alive, gap, value):
                 self.freeze(alive)
         if self._start_norms is not None and not self._collapse_reported:
@@ -203,9 +202,9 @@ class Attachment:
                 self._collapse_reported = True
                 warnings.warn(
                     f"all groups of {', '.join(names)} have faded to less than a thousandth of "
-                    f"their norm at the start under lam = {self.schedule}: nothing holds them up "
-                    "against the penalty (common behind a norm). Try a smaller lam, debias=1.0, or "
-                    "lam=Homotopy()",
+                    f"their norm at the start under lam = {self.step.schedule}: nothing holds them "
+                    "up against the penalty (common behind a norm). Try a smaller lam, debias=1.0, "
+                    "or lam=Homotopy()",
                     stacklevel=2,
                 )
 
@@ -213,9 +212,9 @@ class Attachment:
         cut = {name: int(part.sum()) for name, part in self.groups.split(before & ~after).items()}
         if any(cut.values()):
             warnings.warn(
-                f"lam = {self.schedule} had not reached the budget by step {self.taken}, three "
-                f"quarters of training: the weakest groups were cut to keep it {cut}. Try a larger "
-                "lam, lam=Homotopy(), which arrives without a jump, or an earlier freeze=",
+                f"lam = {self.step.schedule} had not reached the budget by step {self.taken}, "
+                f"three quarters of training: the weakest groups were cut to keep it {cut}. Try a "
+                "larger lam, lam=Homotopy(), which arrives without a jump, or an earlier freeze=",
                 stacklevel=2,
             )
 
@@ -225,41 +224,24 @@ class Attachment:
         if norms.device.type == "cpu":
             self.check_finite()
 
-    def _unless_skipped(self, multipliers: Tensor) -> Tensor:
-        """1 where the step was not taken or cannot be: without waiting for an accelerator."""
+    def _allowed(self) -> Tensor | None:
+        """Was the step taken, and can it be followed? Without waiting for an accelerator."""
         found_inf = getattr(self.optimizer, "found_inf", None)  # a fused step under a grad scaler
+        allowed = None if self.groups.device.type == "cpu" else self._all_finite
         if isinstance(found_inf, Tensor):
-            multipliers = torch.where(found_inf.to(multipliers.device) > 0, 1, multipliers)
-        assert self._all_finite is not None
-        return torch.where(self._all_finite, multipliers, 1)
+            taken = found_inf.to(self.groups.device) == 0
+            allowed = taken if allowed is None else allowed & taken
+        return allowed
+
+    def _in_half_space_stage(self) -> bool:
+        return self._half_space is not None and self.taken >= self._half_space_from
 
     def _has_gradients(self) -> bool:
-        members = (member for layer in self.groups.layers for member in layer.members)
-        return any(member.parameter.grad is not None for member in members)
+        return any(member.parameter.grad is not None for member in self.groups.members)
 
     def _layer_norms(self, norms: Tensor) -> Tensor:
         parts = self.groups.split(norms).values()
         return torch.stack([torch.linalg.vector_norm(part) for part in parts])
-
-    def _param_groups_of_layers(self) -> list[int]:
-        places = {
-            id(parameter): number
-            for number, param_group in enumerate(self.optimizer.param_groups)
-            for parameter in param_group["params"]
-        }
-        return [places[id(layer.largest_member.parameter)] for layer in self.groups.layers]
-
-    def _lr(self) -> float | Tensor:
-        """Learning rate: one number, or one for every layer where they differ, shape (S,)."""
-        rates = [self.optimizer.param_groups[number]["lr"] for number in self._owner]
-        first: float | Tensor = rates[0]
-        # Tensors are not compared: that would wait for the device they are on.
-        if len(set(self._owner)) == 1 or all(
-            not isinstance(r, Tensor) and r == first for r in rates
-        ):
-            return first
-        device = self.groups.segments.device
-        return torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates])
 
     def _freeze_step(self, freeze: str | int | float | None) -> int | None:
         if freeze is None or (self._waits and self.total_steps is None):
@@ -267,7 +249,7 @@ class Attachment:
         if self._waits:
             return in_steps("freeze", _LATEST, self.total_steps)
         if isinstance(freeze, str):
-            return self.schedule.steps(self.total_steps)
+            return self.step.schedule.steps(self.total_steps)
         return in_steps("freeze", freeze, self.total_steps)
 
 

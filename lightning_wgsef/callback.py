@@ -10,9 +10,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_wgsef.groupings.registry import Budget, Grouping, check_budget, check_grouping
+from lightning_wgsef.groupings.costs import Costs, check_costs
+from lightning_wgsef.groupings.layer_budgets import Budget, check_budget
+from lightning_wgsef.groupings.registry import Grouping, check_grouping
+from lightning_wgsef.half_space import HalfSpace, as_half_space
+from lightning_wgsef.penalties import Envelope, Penalty
+from lightning_wgsef.proximal_step import check_step
 from lightning_wgsef.regularizer import WGSEF
-from lightning_wgsef.schedules import Schedule, as_schedule, check_freeze, resolve_debias
+from lightning_wgsef.schedules import (
+    CubicRamp,
+    Schedule,
+    as_schedule,
+    check_freeze,
+    resolve_debias,
+)
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -41,13 +52,19 @@ class WGSEFCallback(Callback):
 
     Args:
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
-            mapping from patterns of layer names to either.
+            mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
         lam: a number (the paper's constant), or a schedule; None: `Homotopy`.
         grouping: "channel", "filter", "element", or a function from a module to `Groups`.
+        scope: "layer", or "global": all layers compete for one budget.
+        costs: what a group costs: None (1), "params", "flops", "latency", or tensors.
+        example_input: for "flops" and "latency"; None: the module's ``example_input_array``.
         include: patterns of layer names; only these are grouped.
         exclude: patterns of layer names that are left out.
         debias: share of the ridge that is taken back from the weights that stay; None: the
             schedule's own.
+        metric: "identity", "auto" (the optimizer's, such as Adam's) or "group" (its group means).
+        penalty: `Envelope` (None), or `GroupLasso` to compare with.
+        half_space: a `HalfSpace`, or its epsilon.
         freeze: when the mask is fixed: "converged" (at three quarters of training at the latest),
             a number of steps, a share of training, or None (never).
         masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
@@ -69,22 +86,32 @@ class WGSEFCallback(Callback):
 
     def __init__(
         self,
-        k: Budget = 0.5,
+        k: Budget | CubicRamp = 0.5,
         lam: float | Schedule | None = None,
         grouping: str | Grouping = "channel",
         *,
+        scope: str = "layer",
+        costs: Costs = None,
+        example_input: Any | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         debias: float | None = None,
+        metric: str = "identity",
+        penalty: Penalty | None = None,
+        half_space: float | HalfSpace | None = None,
         freeze: str | int | float | None = "converged",
         masks: str | Path | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__()
-        check_budget(k)
+        check_budget(k.k if isinstance(k, CubicRamp) else k, scope)
         check_grouping(grouping)
+        check_costs(costs)
         check_freeze(freeze)
-        resolve_debias(debias, as_schedule(lam))
+        schedule = as_schedule(lam)
+        resolved = resolve_debias(debias, schedule)
+        check_step(metric, Envelope() if penalty is None else penalty, schedule, resolved, scope)
+        as_half_space(half_space)
         self.arguments: dict[str, Any] = {
             "k": k,
             "lam": lam,
@@ -92,6 +119,12 @@ class WGSEFCallback(Callback):
             "include": include,
             "exclude": exclude,
             "debias": debias,
+            "scope": scope,
+            "costs": costs,
+            "example_input": example_input,
+            "metric": metric,
+            "penalty": penalty,
+            "half_space": half_space,
             "freeze": freeze,
             "masks": masks,
         }
@@ -133,6 +166,8 @@ class WGSEFCallback(Callback):
         elif earlier is not None and earlier.attachments:
             self._state = earlier.state_dict()  # a second fit goes on where the first one ended
         arguments = dict(self.arguments)
+        if arguments["example_input"] is None:
+            arguments["example_input"] = getattr(pl_module, "example_input_array", None)
         if self._state and arguments["masks"] is not None:
             arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
         self.regularizer = WGSEF(pl_module, **arguments)

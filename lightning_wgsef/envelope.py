@@ -2,22 +2,51 @@ r"""The weighted group sparse envelope: value, conjugate, sparsity gap and proxi
 
 Pure functions of group norms. Groups :math:`j = 1..m` have norms :math:`a_j = \|\theta_j\|_2`,
 penalty weights :math:`w_j > 0` and costs :math:`c_j > 0` (1 unless given) and compete inside their
-segment for its budget :math:`K` (``k``). The envelope is
+segment for its budget :math:`K` (``k``).
+
+**Value.** "Half the weighted squared norm if the live groups fit the budget, else infinite" has the
+envelope
 
 .. math:: E(\theta) = \tfrac12 \min_u \Big\{ \sum_j w_j a_j^2 / u_j :
           0 \le u_j \le 1,\ \sum_j c_j u_j \le K \Big\}, \qquad 0/0 = 0,
 
-which for unit costs and integer K is the biconjugate of "half the weighted squared norm if at most
-K groups are alive, infinite otherwise". Both E and its proximal step are solved by one number per
-segment, the root :math:`\rho` of :math:`\sum_j c_j u_j(\rho) = K`: for a fixed multiplier of the
-budget each :math:`u_j` has a closed form, clipped to [0, 1] and non-decreasing in :math:`\rho`, so
-the sum is continuous, piecewise linear and non-decreasing; it is 0 at the first breakpoint and the
-cost of all live groups at the last, hence the root exists whenever the live groups exceed the
-budget, and :math:`u` at the root is unique.
+which for unit costs and whole K is the biconjugate (Refael, Arbel, Huleihel, "Learning (k-Level)
+Structured Sparse Neural Networks Using Group Envelope Regularization", 2022, arXiv 2212.12921; for
+groups of one Beck, Refael, "Sparse regularization via bidualization", 2022). With a multiplier
+:math:`\mu` for the budget, :math:`-w_j a_j^2 / (2 u_j^2) + \mu c_j = 0` gives
+:math:`u_j = \min(1, \rho\, a_j \sqrt{w_j / c_j})`, where :math:`\rho = (2 \mu)^{-1/2}` is the root
+of :math:`\sum c_j u_j = K`, unless all live groups fit (:math:`u_j = 1`).
 
-Sources: Refael, Arbel, Huleihel, "Learning (k-Level) Structured Sparse Neural Networks Using Group
-Envelope Regularization" (2022, arXiv 2212.12921); Beck, Refael, "Sparse regularization via
-bidualization" (2022). Costs, the debiased form and the anchored step are this project's.
+**Prox.** For :math:`\arg\min_\theta \tfrac12 \|\theta - v\|^2 + \tau E(\theta)` write E with its u
+and exchange the minima. For fixed u, with :math:`t_j = \tau w_j`,
+:math:`\theta_j = v_j u_j / (u_j + t_j)`, at the cost :math:`\tfrac12 a_j^2 t_j / (u_j + t_j)`, a_j
+the norms of v. What is left is convex in u, and
+:math:`-\tfrac12 a_j^2 t_j / (u_j + t_j)^2 + \mu c_j = 0` gives
+:math:`u_j = \mathrm{clip}(\rho\, a_j \sqrt{t_j / c_j} - t_j, 0, 1)` (for unit costs Refael et al.
+2022). In the code :math:`\rho` stands for :math:`\rho \sqrt\tau`. Costs are this project's.
+
+**Debiased prox.** E shrinks the groups that stay, too. Penalise :math:`E - \gamma\, \tfrac12 \sum
+w_j a_j^2` instead: for fixed u, :math:`\theta_j = v_j u_j / ((1 - \gamma t_j) u_j + t_j)`, at the
+cost :math:`\tfrac12 a_j^2 t_j (1 - \gamma u_j) / ((1 - \gamma t_j) u_j + t_j)`, whose derivative is
+:math:`-\tfrac12 a_j^2 t_j / ((1 - \gamma t_j) u_j + t_j)^2`. It rises with u as long as
+:math:`\gamma t_j < 1`, so that this is convex, too, and
+
+.. math:: u_j = \mathrm{clip}\Big( \frac{\rho\, a_j \sqrt{t_j / c_j} - t_j}{1 - \gamma t_j},
+          0, 1 \Big).
+
+At :math:`\gamma = 1` a group with :math:`u_j = 1` is untouched, and :math:`E - \tfrac12 \sum w_j
+a_j^2` is the sparsity gap: a network within its budget pays nothing. This form is this project's.
+
+**Projection limit.** As :math:`\gamma t_j \to 1` the width of the clip goes to 0: u jumps from 0 to
+1 at a threshold of :math:`a_j \sqrt{w_j / c_j}`, and for :math:`\gamma = 1` what stays is
+untouched: the step becomes the projection onto the budget, which is what is computed there.
+
+**Why the root is unique.** Each :math:`c_j u_j(\rho)` is continuous, piecewise linear and
+non-decreasing, 0 at its first breakpoint and :math:`c_j` from its second one on. Their sum is 0 at
+the first breakpoint of all and what all live groups cost at the last: if that exceeds K there is a
+root, and where the sum is constant at K all roots give the same u. `roots` finds it.
+
+**Metric prox.** See `metric`: the same with :math:`\tfrac12 \sum_i D_i (\theta_i - v_i)^2`.
 
 Values are checked where that is free (on the CPU); on an accelerator only types and shapes are,
 since looking at values would stall the device.
@@ -28,18 +57,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_wgsef.budgets import Competition, check_number, per_segment
-from lightning_wgsef.segments import (
-    cumulative_sum_within,
-    segment_sizes,
-    segment_sum,
-    sort_within,
-)
-
-# debias * step * weight counts as 1 within the rounding of float32 arguments.
-_FULL_STEP_SLACK = 6e-8
-# Below this the width of the clip drowns in the rounding of the root.
-_NARROWEST = 1e-8
+from lightning_wgsef.budgets import Competition, Problem
+from lightning_wgsef.checks import check_number, per_segment
+from lightning_wgsef.prox_solver import multipliers
+from lightning_wgsef.segments import Piece, Segments
 
 
 def envelope_value(
@@ -48,7 +69,7 @@ def envelope_value(
     *,
     weights: Tensor | None = None,
     costs: Tensor | None = None,
-    segments: Tensor | None = None,
+    segments: Tensor | int | Segments | None = None,
 ) -> Tensor:
     r"""Value E of the envelope in every segment (Refael et al. 2022; the formula above).
 
@@ -74,11 +95,7 @@ def envelope_value(
     >>> envelope_value(torch.tensor([3.0, 4.0]), 1)  # k = 1: half the squared sum of norms
     tensor([24.5000])
     """
-    competition = Competition.between(norms, k, weights, costs, segments)
-    shares = _envelope_shares(competition)
-    live = shares > 0
-    squares = competition.weights * competition.norms.square()
-    return competition.total(0.5 * torch.where(live, squares / shares, 0)).to(norms.dtype)
+    return Problem(norms, k, weights, costs, segments).per_segment(_value)
 
 
 def sparsity_gap(
@@ -87,7 +104,7 @@ def sparsity_gap(
     *,
     weights: Tensor | None = None,
     costs: Tensor | None = None,
-    segments: Tensor | None = None,
+    segments: Tensor | int | Segments | None = None,
 ) -> Tensor:
     r"""The gap :math:`R = E - \tfrac12\sum_j w_j a_j^2 \ge 0`; 0 exactly when the budget is kept.
 
@@ -99,11 +116,7 @@ def sparsity_gap(
     >>> sparsity_gap(torch.tensor([0.0, 4.0]), 1)
     tensor([0.])
     """
-    competition = Competition.between(norms, k, weights, costs, segments)
-    shares = _envelope_shares(competition)
-    squares = competition.weights * competition.norms.square()
-    excess = torch.where(shares > 0, squares * (1 - shares) / shares, 0)
-    return competition.total(0.5 * excess).to(norms.dtype)
+    return Problem(norms, k, weights, costs, segments).per_segment(_gap)
 
 
 def envelope_conjugate(
@@ -111,7 +124,7 @@ def envelope_conjugate(
     k: float | Tensor,
     *,
     weights: Tensor | None = None,
-    segments: Tensor | None = None,
+    segments: Tensor | int | Segments | None = None,
 ) -> Tensor:
     r"""Conjugate :math:`E^*(y) = \sup_\theta \langle y, \theta\rangle - E(\theta)`, unit costs.
 
@@ -122,15 +135,7 @@ def envelope_conjugate(
     >>> envelope_conjugate(torch.tensor([3.0, 4.0, 1.0]), 2)
     tensor([12.5000])
     """
-    competition = Competition.between(norms, k, weights, None, segments)
-    squares = competition.norms.square() / competition.weights
-    order = sort_within(squares, competition.segments, descending=True)
-    sizes = segment_sizes(competition.segments, len(competition.budgets))
-    rank = cumulative_sum_within(competition.costs, order, competition.segments, sizes) - 1
-    ordered_segments = competition.segments[order]
-    share = (competition.budgets[ordered_segments] - rank).clamp(0, 1)
-    halves = 0.5 * squares[order] * share
-    return segment_sum(halves, ordered_segments, len(competition.budgets)).to(norms.dtype)
+    return Problem(norms, k, weights, None, segments).per_segment(_conjugate)
 
 
 def prox_multipliers(
@@ -140,7 +145,7 @@ def prox_multipliers(
     *,
     weights: Tensor | None = None,
     costs: Tensor | None = None,
-    segments: Tensor | None = None,
+    segments: Tensor | int | Segments | None = None,
     debias: float = 0.0,
     anchored: bool = False,
 ) -> Tensor:
@@ -187,45 +192,38 @@ def prox_multipliers(
     >>> prox_multipliers(torch.tensor([3.0, 4.0]), 1.0, 1, debias=1.0)  # projection
     tensor([0., 1.])
     """
-    competition = Competition.between(norms, k, weights, costs, segments)
+    problem = Problem(norms, k, weights, costs, segments)
     check_number("debias", debias, highest=1.0)
-    steps = per_segment("step", step, len(competition.budgets), competition.norms)
-    thresholds = competition.spread(steps) * competition.weights
-    _check_debiased_step(thresholds, debias)
-    if not len(norms):
-        return norms.clone()
-    widths = (1 - debias * thresholds).clamp(min=_NARROWEST)  # 0 is handled below
-    shares = competition.shares(thresholds, widths)
-    # Written so that u = 1 at debias 1 and t = 0 at any debias give exactly 1.
-    factors = shares / (shares + thresholds * (1 - debias * shares))
-    factors = torch.where(shares > 0, factors, 0)
-    factors = torch.where(thresholds > 0, factors, 1)
-    if not anchored and debias == 0:
-        return factors.to(norms.dtype)
-    kept, last = competition.within_budget()
-    if anchored:
-        anchor = torch.where(last >= 0, factors[last.clamp(min=0)], 1)
-        anchor = competition.spread(torch.where(anchor > 0, anchor, 1))
-        factors = torch.where(kept, 1, (factors / anchor).clamp(max=1))
-        survivors = torch.ones_like(factors)
-    else:
-        survivors = 1 / (1 + thresholds * (1 - debias))
-    partial = (debias * thresholds < 1 - _FULL_STEP_SLACK) & (competition.norms > 0)
-    full_step = competition.spread(competition.total(partial.to(thresholds.dtype))) == 0
-    return torch.where(full_step, kept * survivors, factors).to(norms.dtype)
+    steps = per_segment("step", step, problem.segments.count, problem.budgets)
+
+    def solve(piece: Piece) -> Tensor:
+        return multipliers(problem, piece, steps, debias, anchored)
+
+    return problem.per_group(solve)
+
+
+def _value(competition: Competition) -> Tensor:
+    shares = _envelope_shares(competition)
+    squares = competition.weighted(competition.norms.square())
+    return competition.total(0.5 * torch.where(shares > 0, squares / shares, 0))
+
+
+def _gap(competition: Competition) -> Tensor:
+    shares = _envelope_shares(competition)
+    squares = competition.weighted(competition.norms.square())
+    return competition.total(0.5 * torch.where(shares > 0, squares * (1 - shares) / shares, 0))
+
+
+def _conjugate(competition: Competition) -> Tensor:
+    squares = competition.norms.square()
+    if competition.weights is not None:
+        squares = squares / competition.weights
+    ordered = squares.sort(dim=1, descending=True).values
+    rank = torch.arange(ordered.shape[1], device=ordered.device)
+    return competition.total(0.5 * ordered * (competition.budgets - rank).clamp(0, 1))
 
 
 def _envelope_shares(competition: Competition) -> Tensor:
     """The minimiser u of the envelope's value: the step's shares at threshold 0 and width 1."""
-    nothing = torch.zeros_like(competition.norms)
+    nothing = torch.zeros_like(competition.budgets)
     return competition.shares(nothing, torch.ones_like(nothing))
-
-
-def _check_debiased_step(thresholds: Tensor, debias: float) -> None:
-    if thresholds.device.type == "cpu" and len(thresholds) and debias > 0:
-        worst = debias * thresholds.max().item()
-        if worst > 1 + _FULL_STEP_SLACK:
-            raise ValueError(
-                f"debias * step * weights must not exceed 1 (the exact projection), got {worst:g}; "
-                "take a smaller step or a smaller debias"
-            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import TypedDict
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_wgsef.members import Member, gather
+from lightning_wgsef.segments import Segments
 from lightning_wgsef.tables import format_table
 
 
@@ -78,7 +79,7 @@ class GroupedLayer:
         sizes = torch.zeros(self.count, dtype=torch.float64)
         for member in self.members:
             size = torch.full((member.slices,), float(member.slice_size), dtype=torch.float64)
-            sizes += gather(size, member.index, self.count)
+            sizes += gather(size, None if member.index is None else member.index.cpu(), self.count)
         return sizes
 
 
@@ -87,7 +88,7 @@ class CompetitionArguments(TypedDict):
 
     weights: Tensor | None
     costs: Tensor | None
-    segments: Tensor
+    segments: Segments
 
 
 class Groups:
@@ -96,6 +97,16 @@ class Groups:
     Attributes:
         layers: the grouped layers.
         left_out: name of every layer that is not grouped, and the reason.
+        is_global: do all layers compete for one budget?
+        budgets: K of every segment, shape (S,): of every layer, or of all together.
+        segments: which groups compete.
+        weights: penalty weights w_j, shape (m,); None: 1.
+        costs: costs c_j, shape (m,); None: 1.
+        sizes: number of weights in every group, shape (m,).
+        starts: the first group of every layer.
+
+    Args:
+        budget: one budget for all layers; None: every layer has its own.
 
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
     >>> rows = GroupedLayer("fc", "mine", 2, (Member("fc.weight", weight, axes=(0,)),), budget=1)
@@ -108,7 +119,10 @@ class Groups:
     """
 
     def __init__(
-        self, layers: Iterable[GroupedLayer], left_out: Mapping[str, str] | None = None
+        self,
+        layers: Iterable[GroupedLayer],
+        left_out: Mapping[str, str] | None = None,
+        budget: float | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.left_out = dict(left_out or {})
@@ -120,25 +134,39 @@ class Groups:
         parameters = [m.parameter for layer in self.layers for m in layer.members]
         device = parameters[0].device if parameters else torch.device("cpu")
         wide = any(p.dtype == torch.float64 for p in parameters)
-        self._dtype = torch.float64 if wide else torch.float32
-        numbers = torch.arange(len(self.layers))
-        self.segments = numbers.repeat_interleave(torch.tensor(self.counts, dtype=torch.long))
-        self.segments = self.segments.to(device)
+        self.dtype = torch.float64 if wide else torch.float32
+        self.device = device
+        self.is_global = budget is not None
         budgets = [min(layer.budget, 1e300) for layer in self.layers]
+        if budget is not None:
+            budgets = [budget]
+        self.segments = Segments.of_sizes([len(self)] if self.is_global else self.counts, device)
         self.budgets = torch.tensor(budgets, dtype=torch.float64).to(device)
-        self.weights = self._joined([layer.weights for layer in self.layers], device)
-        self.costs = self._joined([layer.costs for layer in self.layers], device)
+        self.weights = self._joined([layer.weights for layer in self.layers], self.dtype)
+        # Whether costs fit a budget is a matter of their last digits.
+        self.costs = self._joined([layer.costs for layer in self.layers], torch.float64)
         self.sizes = torch.cat([torch.zeros(0), *(layer.sizes() for layer in self.layers)])
         self.sizes = self.sizes.to(device)
+        self.members = [member for layer in self.layers for member in layer.members]
+        counts = torch.tensor(self.counts, dtype=torch.long)
+        self.starts = (counts.cumsum(0) - counts).to(device)
+        self._slices = [member.slices for member in self.members]
+        self._owners = self._owner_of_slices()
 
-    def _joined(self, values: list[Tensor | None], device: torch.device) -> Tensor | None:
+    def _joined(self, values: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         if all(value is None for value in values):
             return None
         ones = [torch.ones(n) if v is None else v for n, v in zip(self.counts, values, strict=True)]
-        return torch.cat([value.to(device, self._dtype) for value in ones])
+        return torch.cat([value.to(self.device, dtype) for value in ones])
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @property
+    def totals(self) -> Tensor:
+        """What all groups of every segment cost, shape (S,)."""
+        costs = torch.ones(len(self)) if self.costs is None else self.costs
+        return self.segments.total(costs.to(self.device, torch.float64))
 
     @property
     def competition(self) -> CompetitionArguments:
@@ -146,9 +174,21 @@ class Groups:
         return {"weights": self.weights, "costs": self.costs, "segments": self.segments}
 
     def only(self, names: Iterable[str]) -> Groups:
-        """The layers with these names."""
+        """The layers with these names.
+
+        Raises:
+            ValueError: all layers compete for one budget, and some are missing.
+        """
         wanted = set(names)
-        return Groups([layer for layer in self.layers if layer.name in wanted])
+        layers = [layer for layer in self.layers if layer.name in wanted]
+        if len(layers) == len(self.layers):
+            return self
+        if self.is_global:
+            raise ValueError(
+                "layers that compete for one budget (scope='global') need one optimizer, got one "
+                f"that trains only {sorted(wanted)}; use scope='layer', or exclude the others"
+            )
+        return Groups(layers)
 
     def split(self, per_group: Tensor) -> dict[str, Tensor]:
         """A vector over all groups, shape (m,), as one vector for every layer."""
@@ -162,36 +202,58 @@ class Groups:
         Args:
             values: tensors to use instead of the parameters, by parameter name.
         """
-        return self._summed(lambda m, tensor: m.squared_norms(tensor, self._dtype), values).sqrt()
+        slices = [
+            member.norms(None if values is None else self._like(member, values), self.dtype)
+            for member in self.members
+        ]
+        if self._owners is None:
+            return torch.cat(slices) if slices else torch.zeros(0, dtype=self.dtype)
+        return self.gathered([norms.square_() for norms in slices]).sqrt_()
 
     @torch.no_grad()
     def alive(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Has the group a weight that is not exactly zero? Booleans, shape (m,)."""
-        return self._summed(lambda m, tensor: m.nonzeros(tensor).to(self._dtype), values) > 0
-
-    def _summed(
-        self, of_slices: Callable[[Member, Tensor], Tensor], values: Mapping[str, Tensor] | None
-    ) -> Tensor:
-        """Sum a number of every slice over the slices of each group."""
-        totals = [torch.zeros(0, dtype=self._dtype, device=self.segments.device)]
-        for layer in self.layers:
-            total = torch.zeros(layer.count, dtype=self._dtype, device=self.segments.device)
-            for member in layer.members:
-                tensor = member.parameter
-                if values is not None:
-                    tensor = values[member.name].to(tensor.device)
-                total += gather(of_slices(member, tensor), member.index, layer.count)
-            totals.append(total)
-        return torch.cat(totals)
+        slices = [
+            member.nonzeros(member.parameter if values is None else self._like(member, values))
+            for member in self.members
+        ]
+        return self.gathered(slices) > 0
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
         """Multiply every group by its factor, shape (m,), in place."""
-        parts = self.split(factors)
+        for member, part in zip(self.members, self.spread(factors, 1.0), strict=True):
+            # Not rounded to the weights' precision where that is low: the product is, once.
+            member.scale_(part.to(torch.promote_types(member.parameter.dtype, torch.float32)))
+
+    def spread(self, per_group: Tensor, outside: float) -> tuple[Tensor, ...]:
+        """For every member a number for each of its slices, ``outside`` for those in no group."""
+        if self._owners is not None:
+            per_group = torch.cat([per_group, per_group.new_full((1,), outside)])[self._owners]
+        return torch.split_with_sizes(per_group, self._slices)
+
+    def gathered(self, per_slice: Sequence[Tensor]) -> Tensor:
+        """Sum a number of every slice of each member over the slices of each group, shape (m,)."""
+        slices = torch.cat(list(per_slice)) if per_slice else torch.zeros(0)
+        if self._owners is None:
+            return slices
+        totals = slices.new_zeros(len(self) + 1)
+        return totals.index_add_(0, self._owners, slices)[:-1]
+
+    def _like(self, member: Member, values: Mapping[str, Tensor]) -> Tensor:
+        return values[member.name].to(member.parameter.device)
+
+    def _owner_of_slices(self) -> Tensor | None:
+        """The group of every slice of every member, m for none; None: slice i is group i."""
+        owners, first = [], 0
         for layer in self.layers:
             for member in layer.members:
-                part = parts[layer.name]
-                member.parameter.mul_(member.along(part, 1.0).to(member.parameter.dtype))
+                index = torch.arange(layer.count) if member.index is None else member.index.cpu()
+                owners.append(torch.where(index < 0, len(self), index + first))
+            first += layer.count
+        joined = torch.cat(owners) if owners else torch.zeros(0, dtype=torch.long)
+        plain = len(joined) == len(self) and bool((joined == torch.arange(len(self))).all())
+        return None if plain else joined.to(self.device)
 
     def check_disjoint(self, other: Groups | None = None) -> None:
         """Refuse a weight that two groups claim, inside these groups or between these and others.
@@ -222,6 +284,9 @@ class Groups:
             removable = "yes" if layer.removable else "no"
             rows.append([layer.name, layer.grouping, f"{layer.count}", size, budget, removable])
         lines = [format_table(header, rows)]
+        if self.is_global:
+            costs = self.costs if self.costs is not None else torch.ones(len(self))
+            lines.append(f"budget of all: {float(self.budgets[0]):g} of {float(costs.sum()):g}")
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]
         return "\n".join(lines)
 

@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_wgsef.attachment import Attachment, trained_by
-from lightning_wgsef.envelope import envelope_value, sparsity_gap
-from lightning_wgsef.groupings.registry import Budget, Grouping, group_parameters
+from lightning_wgsef.competitors import value_and_gap
+from lightning_wgsef.curves import curves
+from lightning_wgsef.groupings.costs import Costs
+from lightning_wgsef.groupings.layer_budgets import Budget
+from lightning_wgsef.groupings.registry import Grouping, group_parameters
 from lightning_wgsef.groups import Groups
+from lightning_wgsef.half_space import HalfSpace, as_half_space
 from lightning_wgsef.masks import Masks, masks_from_checkpoint, masks_from_zeros
+from lightning_wgsef.penalties import Envelope, Penalty
+from lightning_wgsef.proximal_step import ProximalStep, check_step
 from lightning_wgsef.schedules import (
+    CubicRamp,
     Schedule,
     as_schedule,
     check_freeze,
@@ -33,14 +40,24 @@ class WGSEF:
     Args:
         model: the network.
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
-            mapping from patterns of layer names to either. Ignored with ``masks``.
+            mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
+            Ignored with ``masks``.
         lam: a number (the paper's constant :math:`\lambda`, step size learning rate times lam), or
             a schedule. The default `Homotopy` reaches the budget exactly, without a jump.
         grouping: what a group is, see `group_parameters`.
+        scope: "layer", or "global": all layers compete for one budget, see `group_parameters`.
+        costs: what a group costs: None (1), "params", "flops", "latency", or tensors.
+        example_input: a tensor, or a tuple of the arguments of ``forward``, for "flops" and
+            "latency".
         include: patterns of layer names; only these are grouped.
         exclude: patterns of layer names that are left out.
         debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
             None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
+        metric: in which metric the step is taken: "identity"; "auto", the diagonal one that the
+            optimizer steps in (Adam's square root, see `preconditioner` and `prox_metric`); or
+            "group", its mean over every group.
+        penalty: `Envelope` (None), or `GroupLasso` to compare with.
+        half_space: a `HalfSpace`, or its epsilon: groups that turn round are projected to zero.
         freeze: when the mask is fixed: "converged" (at the end of a `Homotopy`; otherwise when the
             budget is kept and the live groups no longer change, at three quarters of training at
             the latest), a number of steps (int) or a share of training (float), or None (never).
@@ -74,13 +91,19 @@ class WGSEF:
     def __init__(
         self,
         model: nn.Module,
-        k: Budget = 0.5,
+        k: Budget | CubicRamp = 0.5,
         lam: float | Schedule | None = None,
         grouping: str | Grouping = "channel",
         *,
+        scope: str = "layer",
+        costs: Costs = None,
+        example_input: Any | None = None,
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         debias: float | None = None,
+        metric: str = "identity",
+        penalty: Penalty | None = None,
+        half_space: float | HalfSpace | None = None,
         freeze: str | int | float | None = "converged",
         masks: str | Path | None = None,
         total_steps: int | None = None,
@@ -88,13 +111,26 @@ class WGSEF:
         self.schedule = as_schedule(lam)
         self.debias = resolve_debias(debias, self.schedule)
         check_freeze(freeze)
+        self.metric = metric
+        self.penalty = Envelope() if penalty is None else penalty
+        check_step(metric, self.penalty, self.schedule, self.debias, scope)
+        self.half_space = as_half_space(half_space)
+        self.ramp = k if isinstance(k, CubicRamp) else None
         if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
             raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
         self.freeze_rule = freeze
         self.total_steps: int | None = total_steps
         self.model = model
-        budget = 1.0 if masks is not None else k
-        self.groups = group_parameters(model, grouping, budget, include=include, exclude=exclude)
+        self.groups = group_parameters(
+            model,
+            grouping,
+            1.0 if masks is not None else k.k if isinstance(k, CubicRamp) else k,
+            include=include,
+            exclude=exclude,
+            scope=scope,
+            costs=costs,
+            example_input=example_input,
+        )
         self.attachments: list[Attachment] = []
         self._given_masks: Masks | None = None
         if masks == "from_zeros":
@@ -161,15 +197,19 @@ class WGSEF:
             if part.optimizer is optimizer:
                 part.after_step()
 
+    def before_step(self, optimizer: Optimizer) -> None:
+        """What `attach` does before every step of ``optimizer`` where there is a half space."""
+        for part in self.attachments:
+            if part.optimizer is optimizer:
+                part.before_step()
+
     def value(self) -> Tensor:
-        """Value of the envelope in every layer, shape (S,)."""
-        groups = self.groups
-        return envelope_value(groups.norms(), groups.budgets, **groups.competition)
+        """Value of the penalty in every layer, shape (S,); in a global competition of all, (1,)."""
+        return self._value_and_gap(self.groups.norms())[0]
 
     def gap(self) -> Tensor:
-        """Sparsity gap in every layer, shape (S,); 0 where the budget is kept."""
-        groups = self.groups
-        return sparsity_gap(groups.norms(), groups.budgets, **groups.competition)
+        """Sparsity gap, shaped like `value`; 0 where the budget is kept."""
+        return self._value_and_gap(self.groups.norms())[1]
 
     def check_finite(self) -> None:
         """Raise for NaN or infinite weights met on an accelerator, where steps do not wait.
@@ -182,24 +222,10 @@ class WGSEF:
 
     def metrics(self) -> dict[str, Tensor]:
         """Numbers to log, always under the same names; on the model's device, nothing waits."""
-        groups = self.groups
-        norms = groups.norms()
-        alive = norms > 0
-        values = envelope_value(norms, groups.budgets, **groups.competition)
-        gaps = sparsity_gap(norms, groups.budgets, **groups.competition)
-        steps = [torch.as_tensor(part.step_size).max().to(norms) for part in self.attachments]
-        metrics = {}
-        parts = groups.split(alive).items()
-        for (name, part), value, gap in zip(parts, values, gaps, strict=True):
-            metrics[f"{name}/group_sparsity"] = 1 - part.float().mean()
-            metrics[f"{name}/value"] = value
-            metrics[f"{name}/gap"] = gap
-        metrics["sparsity"] = (groups.sizes * ~alive).sum() / groups.sizes.sum()
-        metrics["value"] = values.sum()
-        metrics["gap"] = gaps.sum()
-        metrics["step"] = torch.stack([*steps, norms.new_zeros(())]).max()
-        metrics["frozen"] = torch.tensor(float(self.frozen))
-        return {name: number.float() for name, number in metrics.items()}
+        norms = self.groups.norms()
+        values, gaps = self._value_and_gap(norms)
+        steps = [part.step_size for part in self.attachments]
+        return curves(self.groups, norms, values, gaps, steps, frozen=self.frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and masks, in plain types and tensors (loads under ``weights_only=True``)."""
@@ -237,11 +263,26 @@ class WGSEF:
         ]  # fmt: skip
         self.attachments = restored + fresh
 
+    def _value_and_gap(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        groups = self.groups
+        value, gap = value_and_gap(groups, norms, groups.budgets)
+        if not isinstance(self.penalty, Envelope):
+            value = self.penalty.value(norms, groups.budgets, **groups.competition)
+        return value, gap
+
     def _hooked(self, optimizer: Optimizer) -> tuple[Optimizer, int, Callable[[], None]]:
         # The hook must stay out of a compiled optimizer step. torch leaves `disable` untyped.
-        hook = torch.compiler.disable(lambda *_: self.step(optimizer))  # type: ignore[no-untyped-call]
-        handle = optimizer.register_step_post_hook(hook)
-        return optimizer, _parameter_count(optimizer), handle.remove
+        after = torch.compiler.disable(lambda *_: self.step(optimizer))  # type: ignore[no-untyped-call]
+        handles = [optimizer.register_step_post_hook(after)]
+        if self.half_space is not None:
+            before = torch.compiler.disable(lambda *_: self.before_step(optimizer))  # type: ignore[no-untyped-call]
+            handles.append(optimizer.register_step_pre_hook(before))
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return optimizer, _parameter_count(optimizer), remove
 
     def _adopt(self, optimizer: Optimizer) -> None:
         """Take on the layers that the optimizer trains and that are not attached yet."""
@@ -254,13 +295,20 @@ class WGSEF:
 
     def _attachment(self, groups: Groups, optimizer: Optimizer, total: int | None) -> Attachment:
         masks = self._given_masks
-        return Attachment(
+        step = ProximalStep(
             groups,
             optimizer,
-            self.schedule,
+            schedule=self.schedule,
             debias=self.debias,
-            freeze=self.freeze_rule,
+            penalty=self.penalty,
+            metric=self.metric,
             total_steps=total,
+        )
+        return Attachment(
+            step,
+            freeze=self.freeze_rule,
+            ramp=self.ramp,
+            half_space=self.half_space,
             masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},
         )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_wgsef.groupings.costs import layer_flops
 from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name, weighted_layers
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.tables import format_table
@@ -96,7 +95,7 @@ def sparsity_report(
     all                                   38 / 44      60 / 72
     0: first layer: its channels are the network's input
     """
-    flops = {} if example_input is None else _flops(model, example_input)
+    flops = {} if example_input is None else layer_flops(model, example_input)[0]
     grouped = {layer.name: layer for layer in groups.layers}
     alive = groups.split(groups.alive())
     parameters = list(model.parameters())
@@ -133,38 +132,6 @@ def _flops_alive(dense: int, layer: WeightedLayer) -> int:
     parts = nonzero.chunk(layer.split)  # the parts of a grouped convolution are independent
     live = sum(int(part.any(1).sum()) * int(part.any(0).sum()) for part in parts)
     return dense * live // sum(part.numel() for part in parts)
-
-
-def _flops(model: nn.Module, example_input: Any) -> Mapping[str, int]:
-    """FLOPs of every weighted layer, over all its calls in one forward pass."""
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    counter = FlopCounterMode(display=False)
-    flops: dict[str, int] = {}
-    handles = []
-
-    def watch(name: str, module: nn.Module) -> None:
-        def before(*_: Any) -> None:
-            flops[name] = flops.get(name, 0) - counter.get_total_flops()
-
-        def after(*_: Any) -> None:
-            flops[name] += counter.get_total_flops()
-
-        handles.append(module.register_forward_pre_hook(before))
-        handles.append(module.register_forward_hook(after))
-
-    for layer in weighted_layers(model):
-        watch(layer.name, layer.module)
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        with counter, torch.no_grad():
-            model(*inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return flops
 
 
 def _pair(layer: LayerReport) -> str:

@@ -8,13 +8,14 @@ proximal step. `Constant` and `Warmup` follow the paper, :math:`\tau = \text{lea
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
-from lightning_wgsef.budgets import check_count_or_share, check_number
+from lightning_wgsef.checks import check_count_or_share, check_number
 
 
 class Schedule(Protocol):
@@ -132,6 +133,37 @@ class Homotopy:
     def steps(self, total: int | None) -> int:
         """See `Schedule`."""
         return in_steps("Homotopy(length=...)", self.length, total)
+
+
+@dataclass(frozen=True)
+class CubicRamp:
+    r"""A budget that falls to ``k`` as in gradual pruning (Zhu and Gupta 2017, equation 1).
+
+    With :math:`C` what all groups cost, :math:`K(i) = k + (C - k) (1 - i/n)^3` after i of n steps.
+    It goes where k goes: ``WGSEF(model, k=CubicRamp(0.25), ...)``. With ``lam=Homotopy(start=1)``,
+    whose every step is the projection, this is gradual magnitude pruning.
+
+    Args:
+        k: the budget in the end, in any form that is accepted without a ramp.
+        length: steps (int), or a share of training (float in (0, 1]).
+
+    Raises:
+        ValueError: ``length`` out of its range.
+
+    >>> [float(CubicRamp(2, length=4).left(i, None)) for i in range(5)]
+    [0.421875, 0.125, 0.015625, 0.0, 0.0]
+    """
+
+    k: int | float | Mapping[str, int | float] = 0.5
+    length: int | float = 0.5
+
+    def __post_init__(self) -> None:
+        check_length("length", self.length)
+
+    def left(self, taken: int, total: int | None) -> float:
+        """The share of what is to be pruned that step ``taken`` leaves."""
+        steps = in_steps("CubicRamp(length=...)", self.length, total)
+        return float((1 - min(1.0, (taken + 1) / steps)) ** 3)
 
 
 def as_schedule(lam: float | Schedule | None) -> Schedule:

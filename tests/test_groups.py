@@ -73,7 +73,7 @@ def three():
 def test_vectors_over_all_groups(three):
     assert len(three) == 10
     assert three.counts == [3, 5, 2]
-    assert three.segments.tolist() == [0] * 3 + [1] * 5 + [2] * 2
+    assert three.segments.labels().tolist() == [0] * 3 + [1] * 5 + [2] * 2
     assert three.weights.tolist() == [1] * 8 + [2, 4]
     assert three.costs.tolist() == [1] * 3 + [1, 2, 3, 4, 5] + [1] * 2
     assert three.sizes.tolist() == [6] * 3 + [3] * 5 + [3] * 2
@@ -127,7 +127,7 @@ def test_layers_of_one_name_are_refused(three):
 def test_only(three):
     some = three.only(["some_in_no_group", "dense_rows", "no such layer"])
     assert [layer.name for layer in some.layers] == ["dense_rows", "some_in_no_group"]
-    assert some.segments.tolist() == [0, 0, 0, 1, 1]
+    assert some.segments.labels().tolist() == [0, 0, 0, 1, 1]
     assert some.budgets.tolist() == [2, 0.5]
     assert torch.equal(some.norms(), three.norms()[[0, 1, 2, 8, 9]])
 
@@ -135,7 +135,7 @@ def test_only(three):
 def test_no_layers():
     groups = Groups([])
     assert len(groups) == 0
-    assert groups.norms().shape == groups.sizes.shape == groups.segments.shape == (0,)
+    assert groups.norms().shape == groups.sizes.shape == groups.segments.labels().shape == (0,)
     assert groups.split(torch.zeros(0)) == {}
     groups.check_disjoint()
     assert str(groups) == "layer  grouping  groups  weights each  budget  removable"

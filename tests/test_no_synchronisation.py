@@ -18,6 +18,7 @@ from lightning_wgsef import (
     prox_multipliers,
     sparsity_gap,
 )
+from lightning_wgsef.segments import Segments
 
 
 def test_the_check_can_fail() -> None:
@@ -29,7 +30,7 @@ def test_the_check_can_fail() -> None:
 @pytest.mark.parametrize("anchored", [False, True])
 def test_prox(debias: float, anchored: bool) -> None:
     norms = torch.ones(100, device="meta")
-    segments = torch.zeros(100, dtype=torch.long, device="meta")
+    segments = Segments.of_sizes([40, 0, 20, 10, 10, 15, 5], "meta")
     budgets = torch.ones(7, device="meta")
     factors = prox_multipliers(
         norms,
@@ -47,7 +48,7 @@ def test_prox(debias: float, anchored: bool) -> None:
 
 def test_value_gap_and_conjugate() -> None:
     norms = torch.ones(100, device="meta")
-    segments = torch.zeros(100, dtype=torch.long, device="meta")
+    segments = Segments.of_sizes([40, 0, 20, 10, 10, 15, 5], "meta")
     budgets = torch.ones(7, device="meta")
     for function in (envelope_value, sparsity_gap, envelope_conjugate):
         assert function(norms, budgets, segments=segments).shape == (7,)

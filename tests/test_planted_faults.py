@@ -1,12 +1,13 @@
-"""Faults planted in the envelope's source must turn the checkers of `test_envelope_oracle` red."""
+"""Faults planted in the source of the envelope must turn the checkers of its tests red.
 
-import dataclasses
-import sys
-import types
-from collections.abc import Callable
-from pathlib import Path
+Those of `test_envelope_oracle` first of all. Faults in the files that lay segments out, check
+arguments and find roots are in `test_planted_faults_rows`, those in the metric step in
+`test_planted_faults_metric`.
+"""
 
 import pytest
+from faults import Fault, load, solver
+from test_envelope_forms import check_alone, check_ones
 from test_envelope_oracle import (
     CHECKS,
     check_anchored,
@@ -16,235 +17,256 @@ from test_envelope_oracle import (
     check_value,
 )
 
-from lightning_wgsef import envelope
-
-# Each is executed after those that it imports.
-FILES = ("segments", "budgets", "envelope")
+SOURCES = solver("envelope")
+FILES = {"budgets", "prox_solver", "envelope"}
 PROBLEMS = 300  # enough for every fault below, and quick
 
+VALUE = "return competition.total(0.5 * torch.where(shares > 0, squares / shares, 0))"
+GAP = "0.5 * torch.where(shares > 0, squares * (1 - shares) / shares, 0)"
+SQUARES = "    squares = competition.weighted(competition.norms.square())\n"
 
-@dataclasses.dataclass(frozen=True)
-class Mutant:
-    """`old` becomes `new` in `file`, which `check` must notice."""
-
-    fault: str
-    file: str
-    old: str
-    new: str
-    check: Callable[..., float]
-
-
-MUTANTS = [
-    Mutant(
-        "value without the factor 1/2",
-        "envelope",
-        "0.5 * torch.where(live, squares / shares, 0)",
-        "1.0 * torch.where(live, squares / shares, 0)",
+FAULTS = [
+    Fault("value without the factor 1/2", VALUE, VALUE.replace("0.5", "1.0"), check_value),
+    Fault(
+        "value without the weights",
+        f"{SQUARES}    {VALUE}",
+        f"    squares = competition.norms.square()\n    {VALUE}",
         check_value,
     ),
-    Mutant(
-        "gap without the factor 1/2",
-        "envelope",
-        "competition.total(0.5 * excess)",
-        "competition.total(1.0 * excess)",
+    Fault("gap without the factor 1/2", GAP, GAP.replace("0.5", "1.0"), check_value),
+    Fault("gap without the division by the share", GAP, GAP.replace("/ shares", ""), check_value),
+    Fault(
+        "gap without the weights",
+        f"{SQUARES}    return competition.total({GAP})",
+        f"    squares = competition.norms.square()\n    return competition.total({GAP})",
         check_value,
     ),
-    Mutant(
-        "gap without the division by the share",
-        "envelope",
-        "squares * (1 - shares) / shares",
-        "squares * (1 - shares)",
-        check_value,
+    Fault("conjugate without the factor 1/2", "0.5 * ordered", "ordered", check_conjugate),
+    Fault(
+        "conjugate without the weights", "squares / competition.weights", "squares", check_conjugate
     ),
-    Mutant(
-        "conjugate without the factor 1/2",
-        "envelope",
-        "0.5 * squares[order] * share",
-        "squares[order] * share",
-        check_conjugate,
-    ),
-    Mutant(
-        "conjugate without the weights",
-        "envelope",
-        "competition.norms.square() / competition.weights",
-        "competition.norms.square()",
-        check_conjugate,
-    ),
-    Mutant(
+    Fault(
         "conjugate of one group less",
-        "envelope",
-        "order, competition.segments, sizes) - 1",
-        "order, competition.segments, sizes)",
+        "(competition.budgets - rank)",
+        "(competition.budgets - rank - 1)",
         check_conjugate,
     ),
-    Mutant(
+    Fault(
+        "conjugate of the smallest",
+        "squares.sort(dim=1, descending=True)",
+        "squares.sort(dim=1)",
+        check_conjugate,
+    ),
+    Fault(
         "weights dropped from the threshold",
-        "envelope",
-        "competition.spread(steps) * competition.weights",
-        "competition.spread(steps)",
+        "thresholds = competition.weighted(steps)",
+        "thresholds = steps.expand_as(competition.norms)",
         check_prox,
     ),
-    Mutant(
+    Fault(
         "debias ignored in the shares",
-        "envelope",
         "(1 - debias * thresholds).clamp(",
         "(1 - 0 * thresholds).clamp(",
         check_prox,
     ),
-    Mutant(
+    Fault(
         "debias ignored in the factors",
-        "envelope",
         "thresholds * (1 - debias * shares)",
         "thresholds",
         check_prox,
     ),
-    Mutant(
+    Fault(
+        "without a step zero groups are undefined and others shrink",
+        "return torch.where(thresholds > 0, factors, 1)",
+        "return torch.where(thresholds > 0, factors, shares)",
+        check_ones,
+    ),
+    Fault(
         "the strongest are not restored by the anchored step",
-        "envelope",
-        "torch.where(kept, 1, (factors / anchor).clamp(max=1))",
-        "(factors / anchor).clamp(max=1)",
+        "return torch.where(competition.within_budget()[0], 1, anchored)",
+        "return anchored",
         check_anchored,
     ),
-    Mutant(
+    Fault(
         "the anchored step is not cut at 1",
-        "envelope",
-        "(factors / anchor).clamp(max=1)",
-        "(factors / anchor)",
+        "(factors / torch.where(anchor > 0, anchor, 1)).clamp_(max=1)",
+        "(factors / torch.where(anchor > 0, anchor, 1))",
         check_anchored,
     ),
-    Mutant(
+    Fault(
         "the full step does not project",
-        "envelope",
-        "competition.spread(competition.total(partial.to(thresholds.dtype))) == 0",
-        "competition.spread(competition.total(partial.to(thresholds.dtype))) < 0",
+        "full = debias * thresholds >= 1 - FULL_STEP_SLACK",
+        "full = debias * thresholds > 2",
         check_projection,
     ),
-    Mutant(
-        "weights dropped from the strength: value",
-        "budgets",
-        "self.norms * (self.weights / self.costs).sqrt()",
-        "self.norms / self.costs.sqrt()",
-        check_value,
-    ),
-    Mutant(
-        "weights dropped from the strength: anchored step",
-        "budgets",
-        "self.norms * (self.weights / self.costs).sqrt()",
-        "self.norms / self.costs.sqrt()",
-        check_anchored,
-    ),
-    Mutant(
-        "costs dropped from the strength: prox",
-        "budgets",
-        "self.norms * (self.weights / self.costs).sqrt()",
-        "self.norms * self.weights.sqrt()",
+    Fault(
+        "every step projects",
+        "full = debias * thresholds >= 1 - FULL_STEP_SLACK",
+        "full = debias * thresholds >= 0",
         check_prox,
-    ),
-    Mutant(
-        "costs dropped from the strength: projection",
-        "budgets",
-        "self.norms * (self.weights / self.costs).sqrt()",
-        "self.norms * self.weights.sqrt()",
-        check_projection,
-    ),
-    Mutant(
-        "square root dropped from the strength",
-        "budgets",
-        "(self.weights / self.costs).sqrt()",
-        "(self.weights / self.costs)",
-        check_prox,
-    ),
-    Mutant(
-        "costs dropped from the budget",
-        "budgets",
-        "return self.total(self.costs * shares)",
-        "return self.total(shares)",
-        check_prox,
-    ),
-    Mutant(
-        "a group saturates as if there were no debias",
-        "budgets",
-        "(thresholds + widths) / strengths",
-        "(thresholds + 1) / strengths",
-        check_prox,
-    ),
-    Mutant(
-        "the root is sought one breakpoint too low",
-        "budgets",
-        "left = breakpoints[low]",
-        "left = breakpoints[(low - 1).clamp(min=0)]",
-        check_prox,
-    ),
-    Mutant(
-        "the root is the breakpoint below it",
-        "budgets",
-        "torch.where(slope > 0, left + distance, left)",
-        "left",
-        check_value,
-    ),
-    Mutant(
-        "the weakest are kept",
-        "budgets",
-        "sort_within(strengths, self.segments, descending=True)",
-        "sort_within(strengths, self.segments, descending=False)",
-        check_projection,
-    ),
-    Mutant(
-        "the anchor is the last group but one",
-        "budgets",
-        "first_positions(sizes) + number - 1)",
-        "first_positions(sizes) + number - 2)",
-        check_anchored,
-    ),
-    Mutant(
-        "ties go to the higher index",
-        "segments",
-        "values.argsort(stable=True, descending=descending)",
-        "len(values) - 1 - values.flip(0).argsort(stable=True, descending=descending)",
-        check_projection,
-    ),
-    Mutant(
-        "running costs do not restart in a segment",
-        "segments",
-        "return running - before[segments[order]]",
-        "return running",
-        check_projection,
     ),
 ]
 
+FAULTS += [
+    *(
+        Fault(
+            f"weights dropped from the strength: {check.__name__}",
+            "strengths * self.weights.sqrt()",
+            "strengths",
+            check,
+        )
+        for check in (check_value, check_anchored)
+    ),
+    *(
+        Fault(
+            f"costs dropped from the strength: {check.__name__}",
+            "strengths / self.costs.sqrt()",
+            "strengths",
+            check,
+        )
+        for check in (check_prox, check_projection)
+    ),
+    Fault("square root of weights dropped", "* self.weights.sqrt()", "* self.weights", check_prox),
+    Fault("square root of costs dropped", "/ self.costs.sqrt()", "/ self.costs", check_prox),
+    Fault(
+        "costs dropped from what fits",
+        "return values if self.costs is None else values * self.costs",
+        "return values",
+        check_prox,
+    ),
+    Fault(
+        "costs dropped from the root",
+        "root_of_budget(slopes, offsets, self.costs, ",
+        "root_of_budget(slopes, offsets, None, ",
+        check_prox,
+    ),
+    Fault(
+        "costs dropped from the projection",
+        "torch.ones_like(ordered) if self.costs is None else self.costs.gather(1, order)",
+        "torch.ones_like(ordered)",
+        check_projection,
+    ),
+    Fault(
+        "a group enters as if there were no debias",
+        "self.strengths() / widths, thresholds / widths",
+        "self.strengths() / widths, thresholds",
+        check_prox,
+    ),
+    Fault(
+        "a group saturates as if there were no debias",
+        "self.strengths() / widths, thresholds / widths",
+        "self.strengths(), thresholds / widths",
+        check_prox,
+    ),
+    Fault("more fits than the budget", "_FIT_SLACK = 2e-9", "_FIT_SLACK = 0.02", check_value),
+    Fault(
+        "less is kept than the budget",
+        "_PROJECTION_SLACK = 1e-9",
+        "_PROJECTION_SLACK = -1e-9",
+        check_projection,
+    ),
+    Fault(
+        "shares are not stretched by their rounding",
+        "rounding = 4 * torch",
+        "rounding = 0 * torch",
+        check_prox,
+    ),
+    Fault(
+        "shares are stretched by far more",
+        "rounding = 4 * torch",
+        "rounding = 4e10 * torch",
+        check_prox,
+    ),
+    Fault(
+        "shares are squeezed",
+        "rounding = 4 * torch",
+        "rounding = -4 * torch",
+        check_prox,
+    ),
+    Fault(
+        "groups that fit shrink",
+        "return torch.where(fits, live, shares)",
+        "return shares",
+        check_value,
+    ),
+    Fault(
+        "the weakest are kept",
+        "strengths.sort(dim=1, descending=True, stable=True)",
+        "strengths.sort(dim=1, descending=False, stable=True)",
+        check_projection,
+    ),
+    Fault(
+        "ties in a row go to the higher index",
+        "ordered, order = strengths.sort(dim=1, descending=True, stable=True)",
+        "order = strengths.shape[1] - 1 - strengths.flip(1).sort(\n"
+        "            dim=1, descending=True, stable=True)[1]\n"
+        "        ordered = strengths.gather(1, order)",
+        check_projection,
+    ),
+    Fault(
+        "the anchor is the last group but one",
+        "order.gather(1, (number - 1).clamp(min=0))",
+        "order.gather(1, (number - 2).clamp(min=0))",
+        check_anchored,
+    ),
+    Fault(
+        "the anchor is the last group but one: no costs",
+        "torch.minimum(limits, live).long() - 1",
+        "torch.minimum(limits, live).long() - 2",
+        check_ones,
+    ),
+    Fault(
+        "the anchor may be a group that is zero: no costs",
+        "torch.minimum(limits, live).long() - 1",
+        "torch.minimum(limits, 0 * limits + most).long() - 1",
+        check_ones,
+    ),
+    Fault(
+        "padding of weights and costs is zero",
+        "return None if values is None else piece.matrix(values, pad_with_lowest=True)",
+        "return None if values is None else piece.matrix(values)",
+        check_prox,
+    ),
+    Fault(
+        "values of segments in the order of matrices",
+        "result[piece.segments] = values",
+        "result[: len(values)] = values",
+        check_alone,
+    ),
+]
 
-def load(mutant=None):
-    """The envelope from its source and that of the files it imports, with a fault or none."""
-    modules = {}
-    with pytest.MonkeyPatch.context() as patch:
-        for file in FILES:
-            path = Path(envelope.__file__).with_name(f"{file}.py")
-            source = path.read_text(encoding="utf-8")
-            if mutant and mutant.file == file:
-                assert source.count(mutant.old) == 1, f"{file}.py must hold once: {mutant.old}"
-                source = source.replace(mutant.old, mutant.new)
-            module = types.ModuleType(f"lightning_wgsef.{file}")
-            # Imports of the next file, and dataclasses, look here.
-            patch.setitem(sys.modules, module.__name__, module)
-            exec(compile(source, str(path), "exec"), module.__dict__)
-            modules[file] = module
-    return modules["envelope"]
+# Nothing of this changes a result: the root is sought from another place.
+HARMLESS = [
+    Fault("costs dropped from where the root is sought", "self.priced(slopes)", "slopes"),
+    Fault(
+        "the root is sought from 1",
+        "self.costs, self.budgets, start, fits",
+        "self.costs, self.budgets, torch.ones_like(start), fits",
+    ),
+    Fault("what just fits is left to the root", "_FIT_SLACK = 2e-9", "_FIT_SLACK = -0.02"),
+]
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("check", [*CHECKS, check_ones, check_alone])
 def test_the_source_without_a_fault_passes(check):
-    module = load()
-    assert module is not envelope
+    module = load(SOURCES)["envelope"]
     assert check(module, PROBLEMS) <= 1e-6
 
 
-@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.fault)
-def test_a_planted_fault_is_caught(mutant):
-    module = load(mutant)
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.what)
+def test_a_planted_fault_is_caught(fault):
+    module = load(SOURCES, fault)["envelope"]
     with pytest.raises(AssertionError):
-        mutant.check(module, PROBLEMS)
+        fault.check(module, PROBLEMS)
+
+
+@pytest.mark.parametrize("fault", HARMLESS, ids=lambda fault: fault.what)
+def test_what_is_no_fault_is_not_caught(fault):
+    module = load(SOURCES, fault)["envelope"]
+    for check in CHECKS:
+        check(module, PROBLEMS)
 
 
 def test_every_file_and_every_checker_has_a_fault():
-    assert {mutant.file for mutant in MUTANTS} == set(FILES)
-    assert {mutant.check for mutant in MUTANTS} == set(CHECKS)
+    assert {fault.file(SOURCES) for fault in FAULTS} == FILES
+    assert {fault.check for fault in FAULTS} == {*CHECKS, check_ones, check_alone}

@@ -1,0 +1,99 @@
+"""Checks of arguments: errors that name the argument, its value and what would be accepted."""
+
+from __future__ import annotations
+
+import math
+from numbers import Integral, Real
+
+import torch
+from torch import Tensor
+
+
+def per_segment(
+    name: str, value: float | Tensor, count: int, like: Tensor, *, positive: bool = False
+) -> Tensor:
+    """``value`` as a tensor of shape (count,), with dtype and device of ``like``.
+
+    Raises:
+        ValueError: a wrong shape or value; the message calls it ``name``.
+    """
+    if not isinstance(value, Tensor):
+        check_number(name, value, positive=positive)
+        return torch.full((1,), float(value), dtype=like.dtype, device=like.device).expand(count)
+    if value.dim() > 1 or (value.dim() == 1 and len(value) != count):
+        raise ValueError(
+            f"{name} must be a number or have shape ({count},), one entry a segment, "
+            f"got {shape_of(value)}"
+        )
+    values = value.detach().to(like).expand(count)
+    wanted = "finite and positive" if positive else "finite and not negative"
+    check_values(name, values, wanted, positive=positive)
+    return values
+
+
+def per_group(name: str, values: Tensor, like: Tensor) -> Tensor:
+    """``values`` > 0 for every group, with shape, dtype and device of ``like``.
+
+    Raises:
+        ValueError: a wrong shape or value; the message calls it ``name``.
+    """
+    if values.shape != like.shape:
+        raise ValueError(f"{name} must have shape {shape_of(like)}, got {shape_of(values)}")
+    values = values.detach().to(like)
+    check_values(name, values, "finite and positive", positive=True)
+    return values
+
+
+def check_values(name: str, values: Tensor, wanted: str, *, positive: bool = False) -> None:
+    """Raise `ValueError` unless all values are finite and at least 0 (if ``positive``: above).
+
+    Only on the CPU: looking at values on an accelerator would stall it.
+    """
+    if values.device.type != "cpu" or not values.numel():
+        return
+    lowest, highest = (float(end) for end in torch.aminmax(values))  # NaN if there is one
+    if (lowest > 0 if positive else lowest >= 0) and highest < math.inf:
+        return
+    valid = values > 0 if positive else values >= 0
+    place = int((~(valid & torch.isfinite(values))).nonzero()[0])
+    raise ValueError(f"{name} must be {wanted}, got {values[place].item()!r} at index {place}")
+
+
+def check_number(
+    name: str, value: float, *, highest: float = math.inf, positive: bool = False
+) -> None:
+    """Raise `ValueError` unless ``value`` is finite, from 0 (if ``positive``: above) to highest."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if (
+        not number
+        or not math.isfinite(value)
+        or not 0 <= value <= highest
+        or (positive and value == 0)
+    ):
+        wanted = "positive" if positive else "at least 0"
+        bound = f" and at most {highest:g}" if math.isfinite(highest) else ""
+        raise ValueError(f"{name} must be a finite number, {wanted}{bound}, got {value!r}")
+
+
+def check_count_or_share(name: str, value: object, unit: str) -> None:
+    """Raise `ValueError` unless ``value`` is a count (int >= 1) or a share (float in (0, 1]).
+
+    >>> check_count_or_share("k", 1.5, "groups")
+    Traceback (most recent call last):
+    ...
+    ValueError: k must be a number of groups (int >= 1) or a share (float in (0, 1]), got 1.5
+    """
+    if isinstance(value, Integral):
+        valid = int(value) >= 1
+    else:
+        valid = isinstance(value, Real) and 0 < float(value) <= 1
+    if not valid or isinstance(value, bool):
+        raise ValueError(
+            f"{name} must be a number of {unit} (int >= 1) or a share (float in (0, 1]), "
+            f"got {value!r}"
+        )
+
+
+def shape_of(values: Tensor) -> str:
+    """The shape as a message shows it."""
+    return str(tuple(values.shape))

@@ -1,0 +1,226 @@
+"""The metric prox in training, in lockstep with a loop that knows D by its formula."""
+
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from metric_twin import (
+    OPTIMIZERS,
+    batches,
+    difference,
+    exact,
+    laid_out,
+    layer_step,
+    network,
+    prox,
+    same,
+    train,
+    wide_network,
+)
+from torch import nn
+
+from lightning_wgsef import WGSEF, Groups, Homotopy, group_parameters, prox_multipliers
+
+# Shares are found to 1e-6; in weights that was 5e-7 of the largest one at worst.
+CLOSE = 1e-6
+GROUPINGS = ("filter", "channel", "element")
+every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
+
+
+def pair(make=network, name="Adam", params=nn.Module.parameters, **more):
+    """Two equal networks with an optimizer each."""
+    models = make(), make()
+    return models, tuple(OPTIMIZERS[name](params(model), **more) for model in models)
+
+
+def lockstep(models, optimizers, steps, lam, data=None, **arguments):
+    """The differences after 1, 5, and all steps; and the groups that have died in the end."""
+    ours, twin = models
+    regularizer = WGSEF(ours, lam=lam, freeze=None, **arguments).attach(optimizers[0])
+    debias, by_group = arguments.get("debias", 0.0), arguments["metric"] == "group"
+    more = {key: arguments[key] for key in ("k", "costs") if key in arguments}
+    groups = group_parameters(twin, arguments["grouping"], **more)
+    seen = []
+    for batch in data or batches(steps):
+        train(ours, optimizers[0], batch)
+        train(twin, optimizers[1], batch)
+        prox(groups, optimizers[1], lam, debias, by_group)
+        seen.append(difference(ours, twin))
+    assert torch.equal(regularizer.groups.norms() == 0, groups.norms() == 0)
+    assert all(torch.isfinite(p).all() for p in ours.parameters())
+    return [seen[0], seen[4], seen[-1]], int((groups.norms() == 0).sum())
+
+
+def eps(name, debias):
+    """Debiased, D must stay above a share of lr lam; behind a norm a bias has D = eps."""
+    return {"eps": 0.1} if debias and name != "SGD" else {}
+
+
+@every_optimizer
+@every_grouping
+@pytest.mark.parametrize("debias", [0.0, 0.5])
+def test_lockstep(name, grouping, debias):
+    """D of a bias in front of a norm is eps: within a group D spans seven orders of magnitude."""
+    more = {"grouping": grouping, "k": 0.4, "metric": "auto", "debias": debias}
+    worst, _ = lockstep(*pair(name=name, **eps(name, debias)), 30, 0.1, **more)
+    assert max(worst) <= CLOSE
+
+
+@every_grouping
+def test_groups_die_where_the_twin_kills_them(grouping):
+    more = {"grouping": grouping, "k": 0.4, "metric": "auto", "debias": 0.5}
+    worst, dead = lockstep(*pair(eps=0.1), 30, 1.0, **more)
+    assert max(worst) <= CLOSE
+    assert dead > 0
+
+
+@pytest.mark.parametrize("name", ["Adam", "amsgrad", "RMSprop", "Adagrad"])
+@every_grouping
+def test_shares_are_found_to_a_millionth(name, grouping):
+    """u = theta t / (v D - theta D), best read from the weight of a group that shrinks most."""
+    model, lam = network(), 0.1
+    optimizer, expected = OPTIMIZERS[name](model.parameters()), []
+    groups = group_parameters(model, grouping, k=0.4)
+
+    @torch.no_grad()
+    def before_the_step(*_):
+        expected.clear()
+        for layer in groups.layers:
+            values, metric, index, _ = laid_out(layer, optimizer)
+            after, step = exact(layer, optimizer, lam, 0.0), layer_step(layer, optimizer, lam)
+            shares = (after * step / (metric * (values - after))).nan_to_num(0)
+            shrunk = (1 - after / values).nan_to_num(0)
+            order = shrunk.argsort()  # the last one that is written stays
+            expected.append(torch.zeros(layer.count).double())
+            for place in order.tolist():
+                expected[-1][index[place]] = shares[place]
+
+    optimizer.register_step_post_hook(before_the_step)
+    regularizer = WGSEF(model, 0.4, lam, grouping, metric="auto").attach(optimizer)
+    for batch in batches(12):
+        train(model, optimizer, batch)
+        shares = regularizer.state_dict()["attachments"][0]["shares"]
+        live = groups.norms() > 0
+        assert (shares - torch.cat(expected))[live].abs().max() <= 1e-6
+
+
+@every_grouping
+@pytest.mark.parametrize("metric", ["auto", "group"])
+def test_a_layer_of_several_blocks(grouping, metric):
+    more = {"grouping": grouping, "k": 0.4, "metric": metric}
+    worst, _ = lockstep(*pair(wide_network), 6, 0.1, batches(6, 2), **more)
+    assert max(worst) <= CLOSE
+
+
+@every_optimizer
+@every_grouping
+@pytest.mark.parametrize("debias", [0.0, 0.5])
+def test_the_mean_over_each_group(name, grouping, debias):
+    """One tangent is exact: nothing is iterated."""
+    more = {"grouping": grouping, "k": 0.4, "metric": "group", "debias": debias}
+    worst, _ = lockstep(*pair(name=name, **eps(name, debias)), 30, 0.1, **more)
+    assert max(worst) <= 1e-9
+
+
+LAYOUTS = {
+    "channels last": lambda: network().to(memory_format=torch.channels_last),
+    "grouped": lambda: network(lambda: nn.Conv2d(6, 8, 3, groups=2)),
+    "transposed": lambda: network(lambda: nn.ConvTranspose2d(6, 8, 3)),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("grouping", ["filter", "channel"])
+@pytest.mark.parametrize("metric", ["auto", "group"])
+def test_layouts(layout, grouping, metric):
+    more = {"grouping": grouping, "k": 0.4, "metric": metric}
+    worst, _ = lockstep(*pair(LAYOUTS[layout]), 10, 0.1, **more)
+    assert max(worst) <= CLOSE
+
+
+def rates(model):
+    """Three learning rates, and a bias that no optimizer moves: its D is 1."""
+    model.conv1.bias.requires_grad_(False)
+    own = [model.conv1, model.norm1], [model.conv2], [model.fc]
+    return [
+        {"params": [p for module in some for p in module.parameters()], "lr": rate}
+        for some, rate in zip(own, (0.01, 0.03, 0.005), strict=True)
+    ]
+
+
+def weighted(model):
+    """Filters with penalty weights and costs of their own."""
+    layers = []
+    for layer in group_parameters(model, "filter").layers:
+        numbers = torch.arange(layer.count).double()
+        layers.append(replace(layer, weights=0.5 + numbers / 4, costs=1 + (3 * numbers) % 4))
+    return Groups(layers)
+
+
+@pytest.mark.parametrize("grouping", ["filter", weighted])
+@pytest.mark.parametrize("metric", ["auto", "group"])
+def test_rates_weights_and_costs(grouping, metric):
+    costs = {"costs": {"conv1": torch.arange(6) % 3 + 1.0, "conv2": torch.arange(8) % 4 + 0.5}}
+    more = {"grouping": grouping, "k": 0.5, "metric": metric, **costs}
+    worst, _ = lockstep(*pair(params=rates), 20, 0.1, **more)
+    assert max(worst) <= CLOSE
+
+
+@every_optimizer
+def test_the_identity_is_the_default_and_knows_no_metric(name):
+    models, optimizers = pair(name=name)
+    third = network()
+    last = OPTIMIZERS[name](third.parameters())
+    WGSEF(models[0], 0.4, 0.1).attach(optimizers[0])
+    WGSEF(models[1], 0.4, 0.1, metric="identity").attach(optimizers[1])
+    groups, lr = group_parameters(third, k=0.4), last.param_groups[0]["lr"]
+    for batch in batches(20):
+        for model, optimizer in zip((*models, third), (*optimizers, last), strict=True):
+            train(model, optimizer, batch)
+        groups.scale_(
+            prox_multipliers(groups.norms(), lr * 0.1, groups.budgets, **groups.competition)
+        )
+    assert same(*models)
+    assert same(models[0], third)
+
+
+@pytest.mark.parametrize("metric", ["auto", "group"])
+@pytest.mark.parametrize("lam", [0.3, Homotopy(length=15)])
+def test_the_metric_of_plain_gradient_steps_is_the_identity(metric, lam):
+    models, optimizers = pair(name="SGD")
+    for model, optimizer, chosen in zip(models, optimizers, ("identity", metric), strict=True):
+        WGSEF(model, 0.4, lam, metric=chosen).attach(optimizer)
+    for batch in batches(20):
+        train(models[0], optimizers[0], batch)
+        train(models[1], optimizers[1], batch)
+    assert same(*models)
+
+
+def test_an_unknown_optimizer_warns_once_and_trains_in_the_identity():
+    class Halving(torch.optim.Optimizer):
+        def __init__(self, params):
+            super().__init__(params, {"lr": 0.05})
+
+        def step(self, closure=None):
+            for p in self.param_groups[0]["params"]:
+                p.data.sub_(p.grad, alpha=self.param_groups[0]["lr"] / 2)
+
+    models = network(), network()
+    optimizers = [Halving(model.parameters()) for model in models]
+    first = WGSEF(models[0], 0.4, 0.3, metric="auto")
+    with pytest.warns(UserWarning, match=r"Halving steps in is not known.*register_") as seen:
+        first.attach(optimizers[0])
+    assert len(seen) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        third = network()
+        WGSEF(third, 0.4, 0.3, metric="group").attach(Halving(third.parameters()))
+        WGSEF(models[1], 0.4, 0.3).attach(optimizers[1])
+        before = models[0].conv2.weight.detach().clone()
+        for batch in batches(10):
+            train(models[0], optimizers[0], batch)
+            train(models[1], optimizers[1], batch)
+    assert same(*models)
+    assert not torch.equal(models[0].conv2.weight, before)
