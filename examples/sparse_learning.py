@@ -35,7 +35,7 @@ from lightning_wgsef import group_parameters
 EPOCHS = 10
 LR = 0.2
 LAM = {"LeNet-5": 3e-3, "LeNet-5 with BatchNorm": 1e-2}
-EPSILON = 0.95
+EPSILON = {"LeNet-5": 0.9, "LeNet-5 with BatchNorm": 0.95}
 LAST = "*fc3"
 
 
@@ -153,8 +153,8 @@ def compared(network: str, seed: int) -> list[Run]:
     return [
         Run(network, "dense", 0.0, 0.0, seed=seed),
         Run(network, "ProxSGD", epsilon=0.0, **penalised),
-        Run(network, "HSPG", epsilon=EPSILON, **penalised),
-        Run(network, "AdaHSPG+", epsilon=EPSILON, **penalised),
+        Run(network, "HSPG", epsilon=EPSILON[network], **penalised),
+        Run(network, "AdaHSPG+", epsilon=EPSILON[network], **penalised),
     ]
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from helpers import FASHION_MNIST, needs_fashion_mnist
 
 from examples import comparison, lenet_fashion_mnist, quickstart
@@ -15,7 +16,10 @@ from examples import comparison, lenet_fashion_mnist, quickstart
 def run(main, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["example", *arguments])
-    main()
+    try:
+        main()
+    finally:
+        torch.set_flush_denormal(False)  # the examples flush, other tests need such numbers
 
 
 def alive(output: str) -> dict[str, tuple[int, int]]:

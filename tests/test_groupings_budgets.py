@@ -144,12 +144,12 @@ def test_budgets_in_units_of_cost():
         group_parameters(network, lambda model: scales(model, costs), 11)
 
 
-def test_a_share_of_the_costs_keeps_at_least_one_group():
+def test_a_share_that_no_group_fits_is_refused():
     """A tenth of 30 is less than any group costs: the projection would kill the whole layer."""
     costs = torch.tensor([10.0, 10.0, 10.0])
     network = nn.Sequential(nn.BatchNorm2d(3))
-    groups = group_parameters(network, lambda model: scales(model, costs), 0.1)
-    assert groups.budgets.item() >= 10
+    with raises_naming("k = 0.1", "30", "10", "layer '0'"):
+        group_parameters(network, lambda model: scales(model, costs), 0.1)
 
 
 def test_the_strongest_group_fits_a_small_share_of_uneven_costs():

@@ -31,7 +31,7 @@ OWN = {
 }
 
 SHARES = "(shares if costs is None else shares * costs).sum(1, True)"
-SIZES = "torch.arange(row * width, row * width + n)"
+SIZES = "shift = torch.arange(count) * width - starts"
 COLUMN = "per_segment if self.segments is None else per_segment[self.segments]"
 MATRIX = "return values.view(self.rows, self.width)"
 
@@ -78,8 +78,13 @@ ROOTS = [
 SEGMENTS = [
     Fault("padding of weights and costs", "matrix += values.amin()", "pass", check_prox),
     Fault("padded with ones", "matrix += values.amin()", "matrix += 1", check_segments),
-    Fault("positions off by one", SIZES, f"{SIZES} - min(row, 1)", check_prox),
-    Fault("positions off by one: value", SIZES, f"{SIZES} - min(row, 1)", check_value),
+    Fault("positions off by one", SIZES, f"{SIZES} - (torch.arange(count) > 0).long()", check_prox),
+    Fault(
+        "positions off by one: value",
+        SIZES,
+        f"{SIZES} - (torch.arange(count) > 0).long()",
+        check_value,
+    ),
     Fault(
         "positions off by one on the way back",
         "values = values[self.positions]",
@@ -88,8 +93,8 @@ SEGMENTS = [
     ),
     Fault(
         "rows swapped",
-        "for row, n in enumerate(sizes)",
-        "for row, n in zip(range(count)[::-1], sizes)",
+        SIZES,
+        "shift = torch.arange(count).flip(0) * width - starts",
         check_value,
     ),
     Fault("rows of equal length swapped", MATRIX, f"{MATRIX}.flip(0)", check_alone),
@@ -108,8 +113,8 @@ SEGMENTS = [
     ),
     Fault(
         "segments of very different sizes start where others end",
-        "sum(sizes[:number]) for number in range(count)",
-        "sum(sorted(sizes)[:number]) for number in range(count)",
+        "starts = lengths.cumsum(0) - lengths",
+        "starts = lengths.sort().values.cumsum(0) - lengths.sort().values",
         check_alone,
     ),
     Fault(

@@ -122,6 +122,11 @@ def _layer_budget_in_costs(layer: GroupedLayer, k: int | float, costs: Tensor) -
     """A budget in units of cost. It admits the dearest group, which may be the strongest."""
     total, dearest = float(costs.sum()), float(costs.max())
     if not isinstance(k, Integral):
+        if k * total < float(costs.min()):
+            raise ValueError(
+                f"k = {k} of {total:g} is less than the cheapest group costs, "
+                f"{float(costs.min()):g}, in layer '{layer.name}' ({layer.grouping})"
+            )
         return max(float(k) * total, dearest)
     if not dearest <= k <= total:
         raise ValueError(
