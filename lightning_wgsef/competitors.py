@@ -27,7 +27,8 @@ class Competitors:
         self.budgets = budgets
         self.seeded: Tensor | None = None
         if groups.is_global:
-            strongest = norms if groups.costs is None else norms / groups.costs.sqrt()
+            strongest = norms if groups.weights is None else norms * groups.weights.sqrt()
+            strongest = strongest if groups.costs is None else strongest / groups.costs.sqrt()
             firsts = [part.argmax() for part in torch.split_with_sizes(strongest, groups.counts)]
             places = torch.stack(firsts) + groups.starts
             self.seeded = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, places, True)

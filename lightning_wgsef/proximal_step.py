@@ -49,6 +49,8 @@ def check_step(
             f"lam must be a number or Warmup(...) with penalty={penalty}: {schedule} ends in the "
             "projection onto a budget, which only the envelope has"
         )
+    if scope == "global":
+        raise ValueError(f"scope must be 'layer' with penalty={penalty}, which has no budget")
     if metric != "identity" or debias:
         raise ValueError(
             f"metric must be 'identity' and debias 0 with penalty={penalty}, got {metric!r}, "
