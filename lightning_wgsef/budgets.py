@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_wgsef.checks import check_values, per_group, per_segment, shape_of
-from lightning_wgsef.roots import root_of_budget
+from lightning_wgsef.roots import root_by_rank, root_of_budget
 from lightning_wgsef.segments import Piece, Segments
 
 # Costs are sums of floating-point numbers: a set whose cost exceeds the budget by no more than this
@@ -83,11 +83,16 @@ class Competition:
         live = self.live()
         cost = self.total(self.priced(live))
         fits = cost <= self.budgets * (1 + _FIT_SLACK)
-        # The root if no group were clipped.
-        unclipped = cost if offsets.shape[1] == 1 else self.total(self.priced(live) * offsets)
-        unclipped = unclipped * offsets if offsets.shape[1] == 1 else unclipped
-        start = (self.budgets + unclipped) / self.total(self.priced(slopes))
-        root = root_of_budget(slopes, offsets, self.costs, self.budgets, start, fits)
+        if self.on_host:
+            # Starting with the root if no group were clipped.
+            if offsets.shape[1] == 1:
+                unclipped = cost * offsets
+            else:
+                unclipped = self.total(self.priced(live) * offsets)
+            start = (self.budgets + unclipped) / self.total(self.priced(slopes))
+            root = root_of_budget(slopes, offsets, self.costs, self.budgets, start, fits)
+        else:
+            root = root_by_rank(slopes, offsets, self.costs, self.budgets)
         shares = torch.addcmul(-offsets, slopes, root)
         # Stretched by its own rounding, so that what ends on a bound is exactly there.
         rounding = 4 * torch.finfo(shares.dtype).eps * (1 + offsets)

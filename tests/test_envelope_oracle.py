@@ -18,7 +18,7 @@ from envelope_problems import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_wgsef import envelope
+from lightning_wgsef import budgets, envelope
 
 # ----------------------------------------------------------------------
 # Checkers: AssertionError unless the module agrees with the oracle; they return the worst error.
@@ -121,11 +121,14 @@ def check_anchored(env, count=2000, seed=5):
 CHECKS = [check_value, check_conjugate, check_prox, check_projection, check_anchored]
 
 
+@pytest.mark.parametrize("on_host", [True, False])
 @pytest.mark.parametrize("check", CHECKS)
-def test_agrees_with_the_oracle(check, record_property):
+def test_agrees_with_the_oracle(check, on_host, record_property, monkeypatch):
+    """Where the host may look at values, and the way of accelerators, where it may not."""
+    monkeypatch.setattr(budgets.Competition, "on_host", on_host)
     worst = check(envelope)
     record_property("worst_relative_error", worst)
-    print(f"{check.__name__}: worst relative error {worst:.1e}")
+    print(f"{check.__name__}, on host {on_host}: worst relative error {worst:.1e}")
     assert worst <= TOLERANCE
 
 

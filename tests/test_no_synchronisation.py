@@ -9,6 +9,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_wgsef import (
     WGSEF,
@@ -68,3 +69,38 @@ def test_whole_step_and_the_numbers_to_log(grouping: str, lam: Homotopy | float)
         optimizer.step()
     assert regularizer.attachments[0].taken == 3
     assert all(number.dim() == 0 for number in regularizer.metrics().values())
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operations that compute, which on an accelerator start a kernel each."""
+
+    free = ("view", "expand", "slice", "select", "detach", "squeeze", "split", "empty", "types")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += not any(name in str(function) for name in self.free)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("lam", [Homotopy(length=40), 0.1])
+def test_few_kernels(lam: Homotopy | float) -> None:
+    """Three for every parameter (two a layer), and some for all of them."""
+    counts = []
+    for depth in (2, 12):
+        model = nn.Sequential(*[nn.Conv2d(64, 64, 3) for _ in range(depth)]).to("meta")
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        regularizer = WGSEF(model, k=0.5, lam=lam, grouping="filter")
+        regularizer.attach(optimizer).detach()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        for _ in range(2):
+            regularizer.step(optimizer)
+        with Kernels() as kernels:
+            regularizer.step(optimizer)
+        counts.append(kernels.count)
+    per_layer = (counts[1] - counts[0]) / 10
+    assert 4 <= per_layer <= 6
+    assert counts[0] - 2 * per_layer <= 160, counts

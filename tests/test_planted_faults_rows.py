@@ -16,7 +16,7 @@ from test_envelope_oracle import (
     check_prox,
     check_value,
 )
-from test_roots import check_definition, check_neighbours, check_rounds
+from test_roots import check_definition, check_neighbours, check_ranks, check_rounds
 from test_segments import check_segments
 
 SOURCES = solver("envelope")
@@ -28,6 +28,7 @@ OWN = {
     check_definition: "roots",
     check_neighbours: "roots",
     check_rounds: "roots",
+    check_ranks: "roots",
 }
 
 SHARES = "(shares if costs is None else shares * costs).sum(1, True)"
@@ -73,6 +74,13 @@ ROOTS = [
     Fault("far roots are missed", "largest = numbers.max / 4", "largest = 1e9", check_definition),
     Fault("too few rounds", "ROUNDS = 64", "ROUNDS = 6", check_prox),
     Fault("too few rounds for the hardest", "ROUNDS = 64", "ROUNDS = 16", check_neighbours),
+    Fault("by rank: costs", "shares.mul_(costs.unsqueeze(2))", "shares", check_ranks),
+    Fault("by rank: not cut at 0", "unclipped.clamp_(0, ", "unclipped.clamp_(-1, ", check_ranks),
+    Fault("by rank: short strides", "-(-span // (trials", "max(1, span // (trials", check_ranks),
+    Fault("by rank: off by one", "stride * number", "stride * (number - 1)", check_ranks),
+    Fault("by rank: sides swapped", "ends[:, :1], ends", "ends[:, 1:], ends", check_ranks),
+    Fault("by rank: breakpoints as they come", ".sort(1).values", "", check_ranks),
+    Fault("by rank: blurred ends", "apart = 4 * numbers.eps", "apart = 0.0", check_ranks),
 ]  # fmt: skip
 
 SEGMENTS = [

@@ -5,6 +5,7 @@ broken one.
 """
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -122,7 +123,24 @@ def check_rounds(module, count=2000, seed=3):
     return float(max(worst.values()))
 
 
-CHECKS = [check_definition, check_neighbours, check_rounds]
+def by_rank(module):
+    """`root_by_rank` with the arguments of `root_of_budget`."""
+    return SimpleNamespace(root_of_budget=lambda *given: module.root_by_rank(*given[:4]))
+
+
+def check_ranks(module, count=2000):
+    """The other way has the same definition, whatever number of breakpoints is tried at once."""
+    worst = 0.0
+    for tried in (None, 1, 10, 100):
+        with pytest.MonkeyPatch.context() as patch:
+            if tried:
+                patch.setattr(module, "_TRIED", tried * count // 10 * 8)
+            worst = max(worst, check_definition(by_rank(module), count))
+            check_neighbours(by_rank(module), count)
+    return worst
+
+
+CHECKS = [check_definition, check_neighbours, check_rounds, check_ranks]
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -145,6 +163,14 @@ def test_rows_of_zeros():
                 )
                 assert ((got > 0) & torch.isfinite(got)).all()
                 assert got[1].item() == pytest.approx(1 / 3, rel=1e-15)
+
+
+def test_rows_of_zeros_by_rank():
+    slopes = torch.tensor([[0.0, 0, 0], [4, 2, 1], [0, 0, 0]], dtype=torch.float64)
+    for offsets in (slopes[:, :1] * 0, slopes * 0):
+        got = roots.root_by_rank(slopes, offsets, None, torch.full_like(slopes[:, :1], 2))
+        assert ((got > 0) & torch.isfinite(got)).all()
+        assert got[1].item() == pytest.approx(1 / 3, rel=1e-15)
 
 
 def test_rows_that_are_out_of_reach_are_not_waited_for():
