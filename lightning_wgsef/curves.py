@@ -30,7 +30,7 @@ def curves(
         frozen: is the mask fixed?
 
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 0.0]]))
-    >>> from lightning_wgsef.groups import GroupedLayer
+    >>> from lightning_wgsef.grouped_layer import GroupedLayer
     >>> from lightning_wgsef.members import Member
     >>> rows = GroupedLayer("fc", "filter", 2, (Member("fc.weight", weight, axes=(0,)),), budget=1)
     >>> groups, zero = Groups([rows]), torch.zeros(1)

@@ -1,86 +1,20 @@
-"""What a group is: slices of one or several parameters that live and die together."""
+"""All groups of a model: their norms and scaling, and who competes with whom."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import combinations
 from typing import TypedDict
 
 import torch
 from torch import Tensor
 
-from lightning_wgsef.members import Member, gather
+from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.members import Member
 from lightning_wgsef.segments import Segments
 from lightning_wgsef.tables import format_table
-
-
-@dataclass(frozen=True, eq=False)
-class GroupedLayer:
-    """The groups of one layer, which compete for one budget.
-
-    Attributes:
-        name: canonical name of the layer, under which it is reported.
-        grouping: name of the grouping that made the groups.
-        count: number of groups.
-        members: where the groups' weights are.
-        removable: whether zero groups can be taken out of the network.
-        reserved: why the layer is left out unless the user names it; "" for "it is not".
-        weights: penalty weights w_j > 0, shape (count,); None: 1.
-        costs: costs c_j > 0, shape (count,); None: 1.
-        budget: K in units of cost.
-
-    Raises:
-        ValueError: an index or a tensor does not fit ``count``.
-    """
-
-    name: str
-    grouping: str
-    count: int
-    members: tuple[Member, ...]
-    removable: bool = False
-    reserved: str = ""
-    weights: Tensor | None = None
-    costs: Tensor | None = None
-    budget: float = field(default=math.inf)
-
-    def __post_init__(self) -> None:
-        for member in self.members:
-            index = torch.tensor([member.slices - 1]) if member.index is None else member.index
-            highest = int(index.max()) if len(index) else -1
-            if len(index) and int(index.min()) < -1:
-                raise ValueError(
-                    f"index of '{member.name}' must be a group, or -1 for none, "
-                    f"got {int(index.min())}"
-                )
-            if highest >= self.count or (member.index is None and member.slices != self.count):
-                raise ValueError(
-                    f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
-                    f"has {self.count} groups"
-                )
-        for name, values in (("weights", self.weights), ("costs", self.costs)):
-            if values is not None and (
-                values.shape != (self.count,) or not bool((values > 0).all())
-            ):
-                lowest = f", lowest {float(values.min())}" if values.numel() else ""
-                raise ValueError(
-                    f"{name} of layer '{self.name}' must be positive, of shape ({self.count},), "
-                    f"got shape {tuple(values.shape)}{lowest}"
-                )
-
-    @property
-    def largest_member(self) -> Member:
-        """The member with most weights: its optimizer settings are those of the groups."""
-        return max(self.members, key=lambda member: member.parameter.numel())
-
-    def sizes(self) -> Tensor:
-        """Number of weights in every group, shape (count,), float64."""
-        sizes = torch.zeros(self.count, dtype=torch.float64)
-        for member in self.members:
-            size = torch.full((member.slices,), float(member.slice_size), dtype=torch.float64)
-            sizes += gather(size, None if member.index is None else member.index.cpu(), self.count)
-        return sizes
 
 
 class CompetitionArguments(TypedDict):
@@ -102,7 +36,6 @@ class Groups:
         segments: which groups compete.
         weights: penalty weights w_j, shape (m,); None: 1.
         costs: costs c_j, shape (m,); None: 1.
-        sizes: number of weights in every group, shape (m,).
         starts: the first group of every layer.
 
     Args:
@@ -145,8 +78,6 @@ class Groups:
         self.weights = self._joined([layer.weights for layer in self.layers], self.dtype)
         # Whether costs fit a budget is a matter of their last digits.
         self.costs = self._joined([layer.costs for layer in self.layers], torch.float64)
-        self.sizes = torch.cat([torch.zeros(0), *(layer.sizes() for layer in self.layers)])
-        self.sizes = self.sizes.to(device)
         self.members = [member for layer in self.layers for member in layer.members]
         counts = torch.tensor(self.counts, dtype=torch.long)
         self.starts = (counts.cumsum(0) - counts).to(device)
@@ -161,6 +92,12 @@ class Groups:
 
     def __len__(self) -> int:
         return sum(self.counts)
+
+    @cached_property
+    def sizes(self) -> Tensor:
+        """Number of weights in every group, shape (m,)."""
+        sizes = torch.cat([torch.zeros(0), *(layer.sizes() for layer in self.layers)])
+        return sizes.to(self.device)
 
     @property
     def totals(self) -> Tensor:
@@ -245,6 +182,8 @@ class Groups:
 
     def _owner_of_slices(self) -> Tensor | None:
         """The group of every slice of every member, m for none; None: slice i is group i."""
+        if all(len(x.members) == 1 and x.members[0].index is None for x in self.layers):
+            return None
         owners, first = [], 0
         for layer in self.layers:
             for member in layer.members:
@@ -278,8 +217,9 @@ class Groups:
         header = ["layer", "grouping", "groups", "weights each", "budget", "removable"]
         rows = []
         for layer in self.layers:
-            sizes = sorted(set(layer.sizes().int().tolist()))
-            size = "-".join(str(end) for end in sorted({*sizes[:1], *sizes[-1:]}))
+            sizes = layer.sizes().int()
+            ends = {int(sizes.min()), int(sizes.max())} if layer.count else set()
+            size = "-".join(str(end) for end in sorted(ends))
             budget = f"{layer.budget:g}" if math.isfinite(layer.budget) else "-"
             removable = "yes" if layer.removable else "no"
             rows.append([layer.name, layer.grouping, f"{layer.count}", size, budget, removable])

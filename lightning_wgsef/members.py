@@ -80,6 +80,8 @@ class Member:
         rows = self.as_rows(self.parameter) if values is None else None
         if rows is None:
             values = self.parameter.detach() if values is None else values
+            if values.dtype == torch.float64 != dtype:  # torch does not accumulate in less
+                values = values.to(dtype)
             summed = [a for a in range(values.dim()) if a not in self.axes]
             if not summed:
                 return values.to(dtype).abs().flatten()

@@ -82,11 +82,11 @@ def projection(norms: Tensor, k: float) -> Tensor:
     """
     count = math.floor(k)
     least = kth_largest(norms, count) if count else math.inf
-    room = count - sum(int((block > least).sum()) for block in torch.split(norms, _BLOCK))
+    room = count - sum(int((block > least).count_nonzero()) for block in torch.split(norms, _BLOCK))
     result = torch.empty_like(norms)
     for block, out in zip(torch.split(norms, _BLOCK), torch.split(result, _BLOCK), strict=True):
         level = (block == least) & (block > 0)
-        found = int(level.sum())
+        found = int(level.count_nonzero())
         if room < found:
             level &= level.cumsum(0) <= room
         room -= min(room, found)
@@ -108,7 +108,7 @@ def kth_largest(norms: Tensor, k: int) -> float:
     low = sample[math.ceil(last)].item() if last < len(sample) else -math.inf
     above, between = 0, []
     for block in torch.split(norms, _BLOCK):
-        above += int((block > high).sum())
+        above += int((block > high).count_nonzero())
         between.append(block[(block <= high) & (block >= low)])
     doubtful = torch.cat(between)
     if 0 < k - above <= len(doubtful):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -29,6 +28,7 @@ from lightning_wgsef.schedules import (
     check_freeze,
     resolve_debias,
 )
+from lightning_wgsef.step_hooks import StepHooks
 
 
 class WGSEF:
@@ -74,6 +74,7 @@ class WGSEF:
         ValueError: an argument out of its range; the message names it, its value and what would
             be accepted.
 
+    >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
     >>> optimizer = torch.optim.Adam(model.parameters())
     >>> from lightning_wgsef.schedules import Homotopy
@@ -137,7 +138,7 @@ class WGSEF:
             self._given_masks = masks_from_zeros(self.groups)
         elif masks is not None:
             self._given_masks = masks_from_checkpoint(self.groups, masks)
-        self._optimizers: list[tuple[Optimizer, int, Callable[[], None]]] = []
+        self._hooks: list[StepHooks] = []
 
     @property
     def frozen(self) -> bool:
@@ -169,7 +170,8 @@ class WGSEF:
                 f"{', '.join(layer.name for layer in self.groups.layers)}"
             )
         for optimizer in optimizers:
-            self._optimizers.append(self._hooked(optimizer))
+            before = self.before_step if self.half_space is not None else None
+            self._hooks.append(StepHooks(optimizer, self.step, before))
         return self
 
     def waiting(self) -> list[str]:
@@ -179,9 +181,9 @@ class WGSEF:
 
     def detach(self) -> None:
         """Leave all optimizers alone; masks, counters and groups stay readable."""
-        for _, _, remove in self._optimizers:
-            remove()
-        self._optimizers.clear()
+        for hooks in self._hooks:
+            hooks.remove()
+        self._hooks.clear()
 
     def step(self, optimizer: Optimizer) -> None:
         """What `attach` does after every step of ``optimizer``.
@@ -189,10 +191,9 @@ class WGSEF:
         Raises:
             FloatingPointError: a weight is NaN or infinite; nothing was changed.
         """
-        for number, (attached, size, remove) in enumerate(self._optimizers):
-            if attached is optimizer and size != _parameter_count(optimizer):
+        for hooks in self._hooks:
+            if hooks.optimizer is optimizer and hooks.grown():
                 self._adopt(optimizer)
-                self._optimizers[number] = (attached, _parameter_count(optimizer), remove)
         for part in self.attachments:
             if part.optimizer is optimizer:
                 part.after_step()
@@ -270,20 +271,6 @@ class WGSEF:
             value = self.penalty.value(norms, groups.budgets, **groups.competition)
         return value, gap
 
-    def _hooked(self, optimizer: Optimizer) -> tuple[Optimizer, int, Callable[[], None]]:
-        # The hook must stay out of a compiled optimizer step. torch leaves `disable` untyped.
-        after = torch.compiler.disable(lambda *_: self.step(optimizer))  # type: ignore[no-untyped-call]
-        handles = [optimizer.register_step_post_hook(after)]
-        if self.half_space is not None:
-            before = torch.compiler.disable(lambda *_: self.before_step(optimizer))  # type: ignore[no-untyped-call]
-            handles.append(optimizer.register_step_pre_hook(before))
-
-        def remove() -> None:
-            for handle in handles:
-                handle.remove()
-
-        return optimizer, _parameter_count(optimizer), remove
-
     def _adopt(self, optimizer: Optimizer) -> None:
         """Take on the layers that the optimizer trains and that are not attached yet."""
         waiting = self.waiting()
@@ -311,7 +298,3 @@ class WGSEF:
             half_space=self.half_space,
             masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},
         )
-
-
-def _parameter_count(optimizer: Optimizer) -> int:
-    return sum(len(param_group["params"]) for param_group in optimizer.param_groups)

@@ -239,7 +239,7 @@ def test_gradients_cannot_be_accumulated() -> None:
 
 @needs_fashion_mnist
 def test_sparse_learning_compares_runs() -> None:
-    _, plain, projected, _ = sparse_learning.compared("LeNet-5", seed=0)
+    _, plain, projected, *_ = sparse_learning.COMPARED
     heavy = [replace(setting, lam=1.0) for setting in (plain, projected)]
     records = [sparse_learning.run(x, FASHION_MNIST, limit_batches=0.01) for x in heavy]
     for record in records:

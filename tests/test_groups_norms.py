@@ -140,6 +140,16 @@ def test_alive(layout, dtype):
             assert not groups.alive().any()
 
 
+def test_norms_of_values_that_are_more_precise_than_the_weights():
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    values = {"w": torch.tensor([[3.0, 4.0], [5.0, 12.0]], dtype=torch.float64)}
+    for axes, wanted in (((0,), [5, 13]), ((1,), [34**0.5, 160**0.5]), ((0, 1), [3, 4, 5, 12])):
+        layer = GroupedLayer("w", "mine", len(wanted), (Member("w", weight, axes=axes),))
+        got = Groups([layer]).norms(values)
+        assert got.dtype == torch.float32
+        assert got.tolist() == pytest.approx(wanted, rel=1e-6)
+
+
 def test_alive_in_other_values():
     layer = layer_of(dense_rows)
     values = {"fc.weight": torch.zeros(3, 5), "fc.bias": torch.tensor([0.0, 1e-30, math.nan])}

@@ -11,7 +11,8 @@ from helpers import batches, columns, dense_network, train
 from torch import Tensor, nn
 
 from lightning_wgsef import WGSEF, Constant, Groups, Homotopy
-from lightning_wgsef.groups import GroupedLayer, Member
+from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.members import Member
 
 
 @pytest.mark.parametrize(

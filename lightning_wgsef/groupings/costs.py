@@ -16,8 +16,9 @@ from torch.backends import mha
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groupings.layers import weighted_layers
-from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.groups import Groups
 
 Costs = str | Tensor | Mapping[str, Tensor] | None
 _NAMES = ("flops", "latency", "params")

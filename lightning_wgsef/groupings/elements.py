@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import nn
 
+from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groupings.layers import other_layers, weighted_layers
-from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.groups import Groups
 from lightning_wgsef.members import Member
 
 

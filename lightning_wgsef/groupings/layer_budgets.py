@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.checks import check_count_or_share
+from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groupings.costs import Costs, group_costs
 from lightning_wgsef.groupings.patterns import matches
-from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.groups import Groups
 
 Budget = int | float | Mapping[str, int | float]
 SCOPES = ("layer", "global")

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.costs import Costs, check_costs
 from lightning_wgsef.groupings.elements import element_groups
@@ -21,7 +22,7 @@ from lightning_wgsef.groupings.layer_budgets import (
     with_costs,
 )
 from lightning_wgsef.groupings.patterns import check_patterns, matches
-from lightning_wgsef.groups import GroupedLayer, Groups
+from lightning_wgsef.groups import Groups
 
 Grouping = Callable[[nn.Module], Groups]
 

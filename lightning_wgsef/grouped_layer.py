@@ -1,0 +1,81 @@
+"""The groups of one layer: where their weights are, what they cost, and their budget."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from lightning_wgsef.members import Member, gather
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedLayer:
+    """The groups of one layer, which compete for one budget.
+
+    Attributes:
+        name: canonical name of the layer, under which it is reported.
+        grouping: name of the grouping that made the groups.
+        count: number of groups.
+        members: where the groups' weights are.
+        removable: whether zero groups can be taken out of the network.
+        reserved: why the layer is left out unless the user names it; "" for "it is not".
+        weights: penalty weights w_j > 0, shape (count,); None: 1.
+        costs: costs c_j > 0, shape (count,); None: 1.
+        budget: K in units of cost.
+
+    Raises:
+        ValueError: an index or a tensor does not fit ``count``.
+    """
+
+    name: str
+    grouping: str
+    count: int
+    members: tuple[Member, ...]
+    removable: bool = False
+    reserved: str = ""
+    weights: Tensor | None = None
+    costs: Tensor | None = None
+    budget: float = field(default=math.inf)
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            index = torch.tensor([member.slices - 1]) if member.index is None else member.index
+            highest = int(index.max()) if len(index) else -1
+            if len(index) and int(index.min()) < -1:
+                raise ValueError(
+                    f"index of '{member.name}' must be a group, or -1 for none, "
+                    f"got {int(index.min())}"
+                )
+            if highest >= self.count or (member.index is None and member.slices != self.count):
+                raise ValueError(
+                    f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
+                    f"has {self.count} groups"
+                )
+        for name, values in (("weights", self.weights), ("costs", self.costs)):
+            if values is not None and (
+                values.shape != (self.count,) or not bool((values > 0).all())
+            ):
+                lowest = f", lowest {float(values.min())}" if values.numel() else ""
+                raise ValueError(
+                    f"{name} of layer '{self.name}' must be positive, of shape ({self.count},), "
+                    f"got shape {tuple(values.shape)}{lowest}"
+                )
+
+    @property
+    def largest_member(self) -> Member:
+        """The member with most weights: its optimizer settings are those of the groups."""
+        return max(self.members, key=lambda member: member.parameter.numel())
+
+    def sizes(self) -> Tensor:
+        """Number of weights in every group, shape (count,), float64."""
+        sizes = torch.zeros(self.count, dtype=torch.float64)
+        for member in self.members:
+            if member.index is None:
+                sizes += member.slice_size
+            else:
+                size = torch.full((member.slices,), float(member.slice_size), dtype=torch.float64)
+                sizes += gather(size, member.index.cpu(), self.count)
+        return sizes

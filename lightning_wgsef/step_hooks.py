@@ -1,0 +1,50 @@
+"""Hooks on the step of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch.optim import Optimizer
+
+Action = Callable[[Optimizer], None]
+
+
+class StepHooks:
+    """What happens before and after every step of ``optimizer``, until it is removed.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    >>> hooks = StepHooks(optimizer, after=lambda _: print("after"))
+    >>> optimizer.step()
+    after
+    >>> hooks.grown()
+    False
+    >>> optimizer.add_param_group({"params": [torch.nn.Parameter(torch.ones(2))]})
+    >>> hooks.grown(), hooks.grown()
+    (True, False)
+    >>> hooks.remove()
+    >>> optimizer.step()
+    """
+
+    def __init__(self, optimizer: Optimizer, after: Action, before: Action | None = None) -> None:
+        self.optimizer = optimizer
+        self._size = self._parameter_count()
+        # Hooks must stay out of a compiled optimizer step. torch leaves `disable` untyped.
+        outside = torch.compiler.disable(lambda *_: after(optimizer))  # type: ignore[no-untyped-call]
+        self._handles = [optimizer.register_step_post_hook(outside)]
+        if before is not None:
+            outside = torch.compiler.disable(lambda *_: before(optimizer))  # type: ignore[no-untyped-call]
+            self._handles.append(optimizer.register_step_pre_hook(outside))
+
+    def grown(self) -> bool:
+        """Has the optimizer other parameters than when last asked?"""
+        before, self._size = self._size, self._parameter_count()
+        return before != self._size
+
+    def remove(self) -> None:
+        """Leave the optimizer alone."""
+        for handle in self._handles:
+            handle.remove()
+
+    def _parameter_count(self) -> int:
+        return sum(len(param_group["params"]) for param_group in self.optimizer.param_groups)
