@@ -21,6 +21,7 @@ class GroupedLayer:
         count: number of groups.
         members: where the groups' weights are.
         removable: whether zero groups can be taken out of the network.
+        obstacle: why they cannot, where somebody might expect it; "" otherwise.
         reserved: why the layer is left out unless the user names it; "" for "it is not".
         weights: penalty weights w_j > 0, shape (count,); None: 1.
         costs: costs c_j > 0, shape (count,); None: 1.
@@ -35,6 +36,7 @@ class GroupedLayer:
     count: int
     members: tuple[Member, ...]
     removable: bool = False
+    obstacle: str = ""
     reserved: str = ""
     weights: Tensor | None = None
     costs: Tensor | None = None
