@@ -10,7 +10,7 @@ from lightning_wgsef.envelope import envelope_value as envelope_value
 from lightning_wgsef.envelope import prox_multipliers as prox_multipliers
 from lightning_wgsef.envelope import sparsity_gap as sparsity_gap
 from lightning_wgsef.grouped_layer import GroupedLayer as GroupedLayer
-from lightning_wgsef.groupings.registry import group_parameters as group_parameters
+from lightning_wgsef.groupings.parameters import group_parameters as group_parameters
 from lightning_wgsef.groups import Groups as Groups
 from lightning_wgsef.half_space import HalfSpace as HalfSpace
 from lightning_wgsef.masks import masks_from_zeros as masks_from_zeros

@@ -29,18 +29,18 @@ class Block:
     def of(self, tensor: Tensor) -> Tensor:
         """The block's part of a tensor that is shaped like the parameter; a view."""
         matrix = None if self.rows is None else self.member.as_rows(tensor)
-        return tensor.detach() if matrix is None else matrix[self.rows]
+        return self.member.seen(tensor.detach()) if matrix is None else matrix[self.rows]
 
     def part(self, laid: Tensor) -> Tensor:
         """The block's part of what `laid_along` gave, to broadcast with it."""
-        return laid if self.rows is None or self.member.axes == (1,) else laid[self.rows]
+        return laid if self.rows is None or self.member.down_columns else laid[self.rows]
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum over every slice of values shaped like the block; one number a slice it touches."""
         if self.rows is None:
             summed = [a for a in range(values.dim()) if a not in self.member.axes]
             return (values.sum(summed) if summed else values).flatten()
-        if self.member.axes == (1,):
+        if self.member.down_columns:
             return values.sum(0).view(self.member.slices, -1).sum(1)
         return values.sum(1)
 
@@ -64,17 +64,15 @@ def blocks(member: Member) -> Iterator[Block]:
 def laid_along(member: Member, per_slice: Tensor) -> Tensor:
     """A number of every slice, laid along the matrix of ``member`` or along its parameter."""
     if member.as_rows(member.parameter) is None or member.parameter.device.type != "cpu":
-        return per_slice.view(
-            [n if a in member.axes else 1 for a, n in enumerate(member.parameter.shape)]
-        )
-    if member.axes == (1,):
-        columns = member.parameter[0].numel() // member.slices
+        return per_slice.view([n if a in member.axes else 1 for a, n in enumerate(member.extent)])
+    if member.down_columns:
+        columns = member.parameter.numel() // member.extent[0] // member.slices
         return per_slice.view(-1, 1).expand(-1, columns).reshape(1, -1)
     return per_slice.view(-1, 1)
 
 
 def joined(member: Member, parts: list[Tensor]) -> Tensor:
     """What `Block.sum` gave for every block of ``member``, for every slice of it."""
-    if member.axes == (1,):
+    if member.down_columns:
         return torch.stack(parts).sum(0)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -216,7 +216,7 @@ class Problem:
         """A column for every piece as a vector over segments, shape (S,), dtype of norms."""
         result = self.norms.new_zeros(self.segments.count)
         for piece in self.pieces():
-            values = of(self.competition(piece)).to(result).view(-1)
+            values = piece.of_segments(of(self.competition(piece)).to(result))
             if piece.segments is None:
                 return values
             result[piece.segments] = values

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_wgsef.groupings.costs import Costs, check_costs
 from lightning_wgsef.groupings.layer_budgets import Budget, check_budget
+from lightning_wgsef.groupings.layer_weights import Weights, check_weights
+from lightning_wgsef.groupings.parameters import check_overlap
 from lightning_wgsef.groupings.registry import Grouping, check_grouping
 from lightning_wgsef.half_space import HalfSpace, as_half_space
 from lightning_wgsef.penalties import Envelope, Penalty
@@ -54,10 +56,16 @@ class WGSEFCallback(Callback):
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
             mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
         lam: a number (the paper's constant), or a schedule; None: `Homotopy`.
-        grouping: "channel", "filter", "element", or a function from a module to `Groups`.
+        grouping: a name ("channel", "filter", "structure", "head", "hidden", "layer", "2:4",
+            "block:16x16", "element", ...), a function from a module to `Groups`, or a mapping from
+            patterns of layer names to these.
         scope: "layer", or "global": all layers compete for one budget.
+        weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", or
+            tensors.
         costs: what a group costs: None (1), "params", "flops", "latency", or tensors.
-        example_input: for "flops" and "latency"; None: the module's ``example_input_array``.
+        example_input: for what follows a forward pass ("structure", "layer", "flops", "latency");
+            None: the module's ``example_input_array``.
+        overlap: "error", or "first": leave a layer out that claims weights of one before it.
         include: patterns of layer names; only these are grouped.
         exclude: patterns of layer names that are left out.
         debias: share of the ridge that is taken back from the weights that stay; None: the
@@ -88,11 +96,13 @@ class WGSEFCallback(Callback):
         self,
         k: Budget | CubicRamp = 0.5,
         lam: float | Schedule | None = None,
-        grouping: str | Grouping = "channel",
+        grouping: Grouping = "channel",
         *,
         scope: str = "layer",
+        weights: Weights = None,
         costs: Costs = None,
         example_input: Any | None = None,
+        overlap: str = "error",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         debias: float | None = None,
@@ -106,6 +116,8 @@ class WGSEFCallback(Callback):
         super().__init__()
         check_budget(k.k if isinstance(k, CubicRamp) else k, scope)
         check_grouping(grouping)
+        check_weights(weights)
+        check_overlap(overlap)
         check_costs(costs)
         check_freeze(freeze)
         schedule = as_schedule(lam)
@@ -120,8 +132,10 @@ class WGSEFCallback(Callback):
             "exclude": exclude,
             "debias": debias,
             "scope": scope,
+            "weights": weights,
             "costs": costs,
             "example_input": example_input,
+            "overlap": overlap,
             "metric": metric,
             "penalty": penalty,
             "half_space": half_space,

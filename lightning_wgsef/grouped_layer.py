@@ -26,6 +26,7 @@ class GroupedLayer:
         weights: penalty weights w_j > 0, shape (count,); None: 1.
         costs: costs c_j > 0, shape (count,); None: 1.
         budget: K in units of cost.
+        contest: how many groups in a row compete for the budget, as in n:m; None: all of them.
 
     Raises:
         ValueError: an index or a tensor does not fit ``count``.
@@ -41,6 +42,7 @@ class GroupedLayer:
     weights: Tensor | None = None
     costs: Tensor | None = None
     budget: float = field(default=math.inf)
+    contest: int | None = None
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -56,6 +58,13 @@ class GroupedLayer:
                     f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
                     f"has {self.count} groups"
                 )
+        if self.contest is not None and (
+            self.contest < 1 or self.count % self.contest or self.costs is not None
+        ):
+            raise ValueError(
+                f"contest of layer '{self.name}' must divide its {self.count} groups, which have "
+                f"no costs, got {self.contest}"
+            )
         for name, values in (("weights", self.weights), ("costs", self.costs)):
             if values is not None and (
                 values.shape != (self.count,) or not bool((values > 0).all())

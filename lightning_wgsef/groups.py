@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import combinations
 from typing import TypedDict
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.members import Member
+from lightning_wgsef.overlap import Claims
 from lightning_wgsef.segments import Segments
 from lightning_wgsef.tables import format_table
 
@@ -73,7 +73,12 @@ class Groups:
         budgets = [min(layer.budget, 1e300) for layer in self.layers]
         if budget is not None:
             budgets = [budget]
-        self.segments = Segments.of_sizes([len(self)] if self.is_global else self.counts, device)
+        if self.is_global:
+            _refuse_contests(self.layers)
+            self.segments = Segments.of_sizes([len(self)], device)
+        else:
+            contests = [layer.contest for layer in self.layers]
+            self.segments = Segments.of_contests(self.counts, contests, device)
         self.budgets = torch.tensor(budgets, dtype=torch.float64).to(device)
         self.weights = self._joined([layer.weights for layer in self.layers], self.dtype)
         # Whether costs fit a budget is a matter of their last digits.
@@ -101,7 +106,10 @@ class Groups:
 
     @property
     def totals(self) -> Tensor:
-        """What all groups of every segment cost, shape (S,)."""
+        """What all groups that compete for one budget cost, shape (S,)."""
+        if any(layer.contest for layer in self.layers):  # which have no costs
+            counts = [layer.contest or layer.count for layer in self.layers]
+            return torch.tensor(counts, dtype=torch.float64, device=self.device)
         costs = torch.ones(len(self)) if self.costs is None else self.costs
         return self.segments.total(costs.to(self.device, torch.float64))
 
@@ -200,29 +208,28 @@ class Groups:
         Raises:
             ValueError: names the parameter and both layers.
         """
-        claims: dict[int, list[tuple[GroupedLayer, Member]]] = {}
+        claims = Claims()
         for layer in (*self.layers, *(other.layers if other is not None else ())):
-            for member in layer.members:
-                claims.setdefault(id(member.parameter), []).append((layer, member))
-        for owners in claims.values():
-            for (first, one), (second, two) in combinations(owners, 2):
-                if bool((_claim(first, one) & _claim(second, two)).any()):
-                    raise ValueError(
-                        f"groups overlap: weights of '{one.name}' belong to '{first.name}' "
-                        f"({first.grouping}) and to '{second.name}' ({second.grouping}); leave one "
-                        "of the two out with include or exclude"
-                    )
+            if clash := claims.add(layer):
+                raise ValueError(
+                    f"groups overlap: {clash}; leave one of the two out with include or exclude"
+                )
 
     def __str__(self) -> str:
         header = ["layer", "grouping", "groups", "weights each", "budget", "removable"]
         rows = []
         for layer in self.layers:
-            sizes = layer.sizes().int()
-            ends = {int(sizes.min()), int(sizes.max())} if layer.count else set()
-            size = "-".join(str(end) for end in sorted(ends))
             budget = f"{layer.budget:g}" if math.isfinite(layer.budget) else "-"
+            budget += f" of {layer.contest}" if layer.contest else ""
             removable = "yes" if layer.removable else "no"
+            removable += f": {layer.obstacle}" if layer.obstacle else ""
+            size = _range(layer.sizes())
             rows.append([layer.name, layer.grouping, f"{layer.count}", size, budget, removable])
+        extra = {"weight": self.weights is not None, "cost": self.costs is not None}
+        for place, name in enumerate([name for name, shown in extra.items() if shown]):
+            header.insert(4 + place, name)
+            for row, layer in zip(rows, self.layers, strict=True):
+                row.insert(4 + place, _range(layer.weights if name == "weight" else layer.costs))
         lines = [format_table(header, rows)]
         if self.is_global:
             costs = self.costs if self.costs is not None else torch.ones(len(self))
@@ -231,7 +238,18 @@ class Groups:
         return "\n".join(lines)
 
 
-def _claim(layer: GroupedLayer, member: Member) -> Tensor:
-    """Which weights of the member's parameter belong to a group, shaped to broadcast with it."""
-    inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
-    return member.along(inside, False)
+def _refuse_contests(layers: Iterable[GroupedLayer]) -> None:
+    for layer in layers:
+        if layer.contest:
+            raise ValueError(
+                f"scope must be 'layer' with grouping '{layer.grouping}' (layer '{layer.name}'), "
+                f"where every {layer.contest} groups in a row have a budget of their own"
+            )
+
+
+def _range(values: Tensor | None) -> str:
+    """The lowest and the highest value."""
+    if values is None:
+        return "1"
+    ends = (values.min(), values.max()) if len(values) else ()
+    return "-".join(dict.fromkeys(f"{float(end):.4g}" for end in ends))

@@ -27,7 +27,7 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
     Raises:
         ValueError: no group is zero, or ``state_dict`` lacks a weight or has another shape.
 
-    >>> from lightning_wgsef.groupings.registry import group_parameters
+    >>> from lightning_wgsef.groupings.parameters import group_parameters
     >>> network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
     >>> _ = network[1].weight.data[:, 1].zero_()
     >>> masks_from_zeros(group_parameters(network, "channel"))
@@ -54,7 +54,8 @@ def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:
         alive = masks[layer.name]
         for member in layer.members:
             dead = ~member.along(alive, True)
-            member.parameter.detach().masked_fill_(dead.to(member.parameter.device), 0)
+            weights = member.seen(member.parameter.detach())
+            weights.masked_fill_(dead.to(weights.device), 0)
 
 
 def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:
@@ -64,7 +65,7 @@ def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimi
             dead = ~member.along(masks[layer.name], True)
             for value in optimizer.state.get(member.parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == member.parameter.shape:
-                    value.masked_fill_(dead.to(value.device), 0)
+                    member.seen(value).masked_fill_(dead.to(value.device), 0)
 
 
 def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Member:
         axes: axes along which the groups lie, in increasing order; the others are summed over.
         index: group of every slice, shape (number of slices,), -1 for "in no group"; None: slice i
             belongs to group i.
+        shape: the parameter is seen in this shape, with axes of it split in two; None: its own.
 
     The filters of a convolution lie along axis 0, its input channels along axis 1, single weights
     along all axes:
@@ -33,20 +35,31 @@ class Member:
     8
     >>> Member("conv.weight", weight, axes=(0, 1, 2, 3)).slices
     600
+
+    Tiles of four filters and three channels:
+
+    >>> Member("conv.weight", weight, axes=(0, 2), shape=(2, 4, 1, 3, 5, 5)).slices
+    2
     """
 
     name: str
     parameter: Tensor
     axes: tuple[int, ...]
     index: Tensor | None = None
+    shape: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
-        dimensions = self.parameter.dim()
+        if self.shape is not None and math.prod(self.shape) != self.parameter.numel():
+            raise ValueError(
+                f"shape of '{self.name}' must hold its {self.parameter.numel()} weights "
+                f"(shape {tuple(self.parameter.shape)}), got {self.shape}"
+            )
+        dimensions = len(self.extent)
         rising = all(a < b for a, b in zip(self.axes, self.axes[1:], strict=False))
         if not self.axes or not rising or not all(0 <= a < dimensions for a in self.axes):
             raise ValueError(
                 f"axes of '{self.name}' must be increasing and within 0..{dimensions - 1} "
-                f"(shape {tuple(self.parameter.shape)}), got {self.axes}"
+                f"(shape {tuple(self.extent)}), got {self.axes}"
             )
         if self.index is not None and self.index.shape != (self.slices,):
             raise ValueError(
@@ -55,9 +68,23 @@ class Member:
             )
 
     @property
+    def extent(self) -> Sequence[int]:
+        """The shape in which the parameter is seen."""
+        return self.parameter.shape if self.shape is None else self.shape
+
+    def seen(self, tensor: Tensor) -> Tensor:
+        """``tensor``, shaped like the parameter, in the shape in which that is seen; a view."""
+        return tensor if self.shape is None else tensor.view(self.shape)
+
+    @property
     def slices(self) -> int:
         """Number of slices."""
-        return math.prod(self.parameter.shape[a] for a in self.axes)
+        return math.prod(self.extent[a] for a in self.axes)
+
+    @property
+    def down_columns(self) -> bool:
+        """Do the slices run down the columns of a matrix, as input channels do?"""
+        return self.axes == (1,) or self.axes == tuple(range(1, len(self.extent)))
 
     @property
     def slice_size(self) -> int:
@@ -67,26 +94,27 @@ class Member:
     def as_rows(self, tensor: Tensor) -> Tensor | None:
         """``tensor``, shaped like the parameter, as a matrix of slices, or of parts of slices.
 
-        Slices along the first axes are its rows, those along the second axis its columns. Work on a
-        matrix runs at the speed of memory, on general axes it does not. None: it is no matrix.
+        Slices along the first axes are its rows, those along the second axis, or along all but the
+        first, its columns. Work on a matrix runs at the speed of memory, on general axes it does
+        not. None: it is no matrix.
         """
         leading = self.axes == tuple(range(len(self.axes)))
-        if not tensor.is_contiguous() or not tensor.numel() or not (leading or self.axes == (1,)):
+        if not tensor.is_contiguous() or not tensor.numel() or not (leading or self.down_columns):
             return None
-        return tensor.detach().view(self.slices if leading else len(tensor), -1)
+        return tensor.detach().view(self.slices if leading else self.extent[0], -1)
 
     def norms(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
         """Norm of every slice, in ``dtype``, of the parameter or of ``values`` shaped like it."""
         rows = self.as_rows(self.parameter) if values is None else None
         if rows is None:
-            values = self.parameter.detach() if values is None else values
+            values = self.seen(self.parameter.detach() if values is None else values)
             if values.dtype == torch.float64 != dtype:  # torch does not accumulate in less
                 values = values.to(dtype)
             summed = [a for a in range(values.dim()) if a not in self.axes]
             if not summed:
                 return values.to(dtype).abs().flatten()
             return _norm(values, summed, dtype).flatten()
-        if self.axes == (1,):
+        if self.down_columns:
             columns = _column_squares(rows.to(dtype)).view(self.slices, -1)
             return (columns.sum(1) if columns.shape[1] > 1 else columns.view(-1)).sqrt_()
         if rows.shape[1] == 1:
@@ -97,9 +125,9 @@ class Member:
         """Multiply every slice by its factor, in place."""
         rows = self.as_rows(self.parameter)
         if rows is None:
-            shape = [n if a in self.axes else 1 for a, n in enumerate(self.parameter.shape)]
-            self.parameter.detach().mul_(per_slice.view(shape))
-        elif self.axes == (1,):
+            shape = [n if a in self.axes else 1 for a, n in enumerate(self.extent)]
+            self.seen(self.parameter.detach()).mul_(per_slice.view(shape))
+        elif self.down_columns:
             columns = per_slice.view(-1, 1).expand(-1, rows.shape[1] // self.slices)
             rows.mul_(columns.reshape(1, -1))
         else:
@@ -107,16 +135,16 @@ class Member:
 
     def nonzeros(self, values: Tensor) -> Tensor:
         """Number of weights in every slice of ``values`` that are not exactly zero (NaN is not)."""
-        summed = [a for a in range(values.dim()) if a not in self.axes]
-        nonzero = values != 0
+        nonzero = self.seen(values) != 0
+        summed = [a for a in range(nonzero.dim()) if a not in self.axes]
         return (nonzero.sum(dim=summed) if summed else nonzero).flatten()
 
     def along(self, per_group: Tensor, outside: float | bool) -> Tensor:
-        """``per_group`` laid along the parameter, to broadcast with it; ``outside`` elsewhere."""
+        """``per_group`` to broadcast with the parameter as `seen`; ``outside`` for no group."""
         per_slice = per_group
         if self.index is not None:
             per_slice = torch.cat([per_group, per_group.new_full((1,), outside)])[self.index]
-        shape = [n if a in self.axes else 1 for a, n in enumerate(self.parameter.shape)]
+        shape = [n if a in self.axes else 1 for a, n in enumerate(self.extent)]
         return per_slice.view(shape)
 
 

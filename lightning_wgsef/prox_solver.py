@@ -59,7 +59,7 @@ def _special(
     if not plain or problem.norms.device.type != "cpu" or piece.positions is not None:
         return None
     k, step = float(piece.column(problem.budgets)[0]), float(steps[0])
-    alike = problem.budgets.stride(0) == 0 and steps.stride(0) == 0
+    alike = piece.contests or (problem.budgets.stride(0) == 0 and steps.stride(0) == 0)
     inside = step > 0 and debias * step < 1 - FULL_STEP_SLACK
     norms = piece.matrix(problem.norms)
     if piece.rows == 1 and piece.width >= LARGE:

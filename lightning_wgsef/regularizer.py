@@ -15,7 +15,9 @@ from lightning_wgsef.competitors import value_and_gap
 from lightning_wgsef.curves import curves
 from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.layer_budgets import Budget
-from lightning_wgsef.groupings.registry import Grouping, group_parameters
+from lightning_wgsef.groupings.layer_weights import Weights
+from lightning_wgsef.groupings.parameters import group_parameters
+from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.half_space import HalfSpace, as_half_space
 from lightning_wgsef.masks import Masks, masks_from_checkpoint, masks_from_zeros
@@ -45,12 +47,7 @@ class WGSEF:
         lam: a number (the paper's constant :math:`\lambda`, step size learning rate times lam), or
             a schedule. The default `Homotopy` reaches the budget exactly, without a jump.
         grouping: what a group is, see `group_parameters`.
-        scope: "layer", or "global": all layers compete for one budget, see `group_parameters`.
-        costs: what a group costs: None (1), "params", "flops", "latency", or tensors.
-        example_input: a tensor, or a tuple of the arguments of ``forward``, for "flops" and
-            "latency".
-        include: patterns of layer names; only these are grouped.
-        exclude: patterns of layer names that are left out.
+        scope, weights, costs, example_input, overlap, include, exclude: see `group_parameters`.
         debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
             None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
         metric: in which metric the step is taken: "identity"; "auto", the diagonal one that the
@@ -94,11 +91,13 @@ class WGSEF:
         model: nn.Module,
         k: Budget | CubicRamp = 0.5,
         lam: float | Schedule | None = None,
-        grouping: str | Grouping = "channel",
+        grouping: Grouping = "channel",
         *,
         scope: str = "layer",
+        weights: Weights = None,
         costs: Costs = None,
         example_input: Any | None = None,
+        overlap: str = "error",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         debias: float | None = None,
@@ -129,8 +128,10 @@ class WGSEF:
             include=include,
             exclude=exclude,
             scope=scope,
+            weights=weights,
             costs=costs,
             example_input=example_input,
+            overlap=overlap,
         )
         self.attachments: list[Attachment] = []
         self._given_masks: Masks | None = None

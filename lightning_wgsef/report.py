@@ -84,7 +84,7 @@ def sparsity_report(
         groups: its groups, as `group_parameters` makes them or as a regularizer's ``groups``.
         example_input: a tensor, or a tuple of the arguments of ``forward``, for the FLOPs.
 
-    >>> from lightning_wgsef.groupings.registry import group_parameters
+    >>> from lightning_wgsef.groupings.parameters import group_parameters
     >>> network = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
     >>> _ = network[1].weight.data[:, :3].zero_()
     >>> report = sparsity_report(network, group_parameters(network), torch.ones(1, 4))

@@ -8,7 +8,7 @@ no scattered sums, the same bits on every run and, on an accelerator, no synchro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ class Piece:
         segments: which segments these are; None: all, in order.
         groups: the groups they hold, in row order; None: all, in order.
         positions: where in the flattened matrix these groups are; None: they fill it.
+        contests: is every row a contest of its own for the budget of the one segment?
     """
 
     rows: int
@@ -36,6 +37,7 @@ class Piece:
     segments: Tensor | None = None
     groups: Tensor | slice | None = None
     positions: Tensor | None = None
+    contests: bool = False
 
     def matrix(self, per_group: Tensor, *, pad_with_lowest: bool = False) -> Tensor:
         """A vector over all groups, shape (m,), as a matrix, shape (rows, width), zero padded.
@@ -53,7 +55,13 @@ class Piece:
     def column(self, per_segment: Tensor) -> Tensor:
         """A vector over all segments, shape (S,), as a column, shape (rows, 1)."""
         values = per_segment if self.segments is None else per_segment[self.segments]
+        if self.contests:
+            return values.view(1, 1).expand(self.rows, 1)
         return values.view(self.rows, 1)
+
+    def of_segments(self, per_row: Tensor) -> Tensor:
+        """A number of every row, shape (rows,) or (rows, 1), summed over the rows of a segment."""
+        return per_row.view(-1).sum(0, keepdim=True) if self.contests else per_row.view(-1)
 
     def place(self, matrix: Tensor, result: Tensor | None, size: int) -> Tensor:
         """Write the matrix back into a vector over all ``size`` groups; the vector."""
@@ -132,22 +140,58 @@ class Segments:
             return laid_out
         order = labels.argsort(stable=True)
         pieces = [
-            Piece(
-                piece.rows,
-                piece.width,
-                piece.segments,
-                order if piece.groups is None else order[piece.groups],
-                piece.positions,
-            )
+            replace(piece, groups=order if piece.groups is None else order[piece.groups])
             for piece in laid_out.pieces
         ]
         return cls(laid_out.size, laid_out.count, pieces)
+
+    @classmethod
+    def of_contests(
+        cls,
+        sizes: Sequence[int],
+        contests: Sequence[int | None],
+        device: torch.device | str = "cpu",
+    ) -> Segments:
+        """Consecutive segments, of which some are cut into contests of equal length.
+
+        Each of these contests has the segment's budget to itself.
+
+        >>> segments = Segments.of_contests([2, 4], [None, 2])
+        >>> segments.labels()
+        tensor([0, 0, 1, 1, 1, 1])
+        >>> segments.pieces[1].matrix(torch.arange(6.0))
+        tensor([[2., 3.],
+                [4., 5.]])
+        """
+        if not any(contests):
+            return cls.of_sizes(sizes, device)
+        lengths = torch.tensor(sizes)
+        starts = lengths.cumsum(0).sub_(lengths)
+        pieces = []
+        whole = torch.tensor([number for number, contest in enumerate(contests) if not contest])
+        if len(whole):
+            mine = lengths[whole]
+            before = starts[whole] - (mine.cumsum(0) - mine)
+            groups = torch.arange(int(mine.sum())) + before.repeat_interleave(mine)
+            groups = groups.to(device)
+            whole = whole.to(device)
+            for piece in cls.of_sizes(mine.tolist(), device).pieces:
+                numbers = whole if piece.segments is None else whole[piece.segments]
+                inside = groups if piece.groups is None else groups[piece.groups]
+                pieces.append(replace(piece, segments=numbers, groups=inside))
+        for number, (size, contest) in enumerate(zip(sizes, contests, strict=True)):
+            if contest:
+                start = int(starts[number])
+                segment = torch.tensor([number], device=device)
+                own = slice(start, start + size)
+                pieces.append(Piece(size // contest, contest, segment, own, contests=True))
+        return cls(sum(sizes), len(sizes), pieces)
 
     def total(self, per_group: Tensor) -> Tensor:
         """Sum over every segment of a number of each group, shape (S,)."""
         totals = per_group.new_zeros(self.count)
         for piece in self.pieces:
-            sums = piece.matrix(per_group).sum(1)
+            sums = piece.of_segments(piece.matrix(per_group).sum(1))
             if piece.segments is None:
                 return sums
             totals[piece.segments] = sums

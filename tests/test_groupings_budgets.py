@@ -14,7 +14,8 @@ from torch import nn
 from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, prox_multipliers
 from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.filters import filter_groups
-from lightning_wgsef.groupings.registry import GROUPINGS, check_budget, check_grouping
+from lightning_wgsef.groupings.layer_budgets import check_budget
+from lightning_wgsef.groupings.registry import GROUPINGS, check_grouping
 
 # --- budgets -----------------------------------------------------------------------------------
 

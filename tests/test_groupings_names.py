@@ -76,7 +76,7 @@ def test_a_frozen_layer_can_be_named():
 def test_a_tied_layer_cannot_be_named():
     network = mlp(4, 4, 4, 4)
     network[4].weight = network[2].weight
-    with raises_naming("include", "'4'", "matches no layer"):
+    with raises_naming("include", "'4'", "cannot be grouped", "'2' (tied)"):
         group_parameters(network, "channel", include="4")
 
 

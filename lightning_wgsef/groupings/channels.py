@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.layers import WeightedLayer, other_layers, weighted_layers
+from lightning_wgsef.groupings.layers import WeightedLayer, usable_layers, weighted_layers
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.members import Member
 
@@ -21,11 +21,10 @@ def channel_groups(model: nn.Module) -> Groups:
     >>> [(layer.name, layer.count, layer.reserved) for layer in groups.layers]
     [('0', 3, "first layer: its channels are the network's input"), ('2', 8, '')]
     """
-    layers = list(weighted_layers(model))
-    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
-    usable = [layer for layer in layers if not layer.problem]
-    grouped = [_channels(layer, first=layer is layers[0]) for layer in usable]
-    return Groups(grouped, {**left_out, **other_layers(model)})
+    layers, left_out = usable_layers(model)
+    first = next(weighted_layers(model), None)
+    grouped = [_channels(x, first=first is not None and x.name == first.name) for x in layers]
+    return Groups(grouped, left_out)
 
 
 def _channels(layer: WeightedLayer, *, first: bool) -> GroupedLayer:

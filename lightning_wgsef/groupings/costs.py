@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.groupings.example_runs import run_example
 from lightning_wgsef.groupings.layers import weighted_layers
 from lightning_wgsef.groups import Groups
 
@@ -43,7 +44,7 @@ def group_costs(
     Raises:
         ValueError: an unknown name, no or an unfit example_input, a group that costs nothing.
 
-    >>> from lightning_wgsef.groupings.registry import group_parameters
+    >>> from lightning_wgsef.groupings.parameters import group_parameters
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> group_costs(network, group_parameters(network), "flops", torch.ones(1, 4))
     ({'1': tensor([4., 4., 4.], dtype=torch.float64)}, 24.0)
@@ -98,7 +99,7 @@ def layer_flops(model: nn.Module, example_input: Any) -> tuple[dict[str, int], i
     # torch counts the fused attention of GPUs, but not that of CPUs.
     attention = nullcontext() if _gpu(model) else sdpa_kernel(SDPBackend.MATH)
     with _watched(model, before, after), attention, counter:
-        _forward(model, example_input)
+        run_example(model, example_input)
     return flops, counter.get_total_flops()
 
 
@@ -132,7 +133,7 @@ def layer_latencies(
         for run in range(_WARM_UP + repeats):
             marks.clear()
             mark(None)
-            _forward(model, example_input)
+            run_example(model, example_input)
             mark(None)
             if gpu:
                 torch.cuda.synchronize()
@@ -202,18 +203,6 @@ def _watched(
             hook = layer.module.register_forward_hook(lambda *_, n=layer.name: after(n))
             undo.callback(hook.remove)
         yield
-
-
-def _forward(model: nn.Module, example_input: Any) -> None:
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
-    try:
-        model(*inputs)
-    except Exception as error:
-        given = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
-        raise ValueError(
-            f"example_input must be what {type(model).__name__} takes, a tensor or a tuple of its "
-            f"arguments, got {given}: {type(error).__name__}: {error}"
-        ) from error
 
 
 def _gpu(model: nn.Module) -> torch.device | None:

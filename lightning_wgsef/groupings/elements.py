@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.layers import other_layers, weighted_layers
+from lightning_wgsef.groupings.layers import usable_layers
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.members import Member
 
@@ -16,12 +16,10 @@ def element_groups(model: nn.Module) -> Groups:
     >>> [layer.count for layer in element_groups(nn.Linear(3, 2)).layers]
     [6]
     """
-    layers = list(weighted_layers(model))
-    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
+    layers, left_out = usable_layers(model)
     grouped = []
     for layer in layers:
-        if not layer.problem:
-            axes = tuple(range(layer.weight.dim()))
-            member = Member(layer.path("weight"), layer.weight, axes)
-            grouped.append(GroupedLayer(layer.name, "element", layer.weight.numel(), (member,)))
-    return Groups(grouped, {**left_out, **other_layers(model)})
+        axes = tuple(range(layer.weight.dim()))
+        member = Member(layer.path("weight"), layer.weight, axes)
+        grouped.append(GroupedLayer(layer.name, "element", layer.weight.numel(), (member,)))
+    return Groups(grouped, left_out)

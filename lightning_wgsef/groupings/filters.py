@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.layers import WeightedLayer, other_layers, weighted_layers
+from lightning_wgsef.groupings.layers import WeightedLayer, usable_layers, weighted_layers
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.members import Member
 
@@ -23,11 +23,9 @@ def filter_groups(model: nn.Module) -> Groups:
     >>> groups.layers[1].reserved
     "last layer: its filters are the network's outputs"
     """
-    layers = list(weighted_layers(model))
-    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
-    usable = [layer for layer in layers if not layer.problem]
-    grouped = [_filters(layer, last=layer is layers[-1]) for layer in usable]
-    return Groups(grouped, {**left_out, **other_layers(model)})
+    layers, left_out = usable_layers(model)
+    last = [layer.name for layer in weighted_layers(model)][-1:]
+    return Groups([_filters(layer, last=layer.name in last) for layer in layers], left_out)
 
 
 def _filters(layer: WeightedLayer, *, last: bool) -> GroupedLayer:

@@ -117,6 +117,13 @@ def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
             yield WeightedLayer(name, module, norms.get(name), _problem(name, module, owners))
 
 
+def usable_layers(model: nn.Module) -> tuple[list[WeightedLayer], dict[str, str]]:
+    """The layers whose weights can be grouped, and why the others cannot, by name."""
+    layers = list(weighted_layers(model))
+    left_out = {layer.name: layer.problem for layer in layers if layer.problem}
+    return [x for x in layers if not x.problem], {**left_out, **other_layers(model)}
+
+
 def other_layers(model: nn.Module) -> dict[str, str]:
     """Modules with matrices of weights that are neither convolutions nor dense, with the reason."""
     reasons = {}

@@ -1,0 +1,141 @@
+"""`layer`: residual branches, whole, which compete for the depth of a network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.groupings.example_runs import run_example
+from lightning_wgsef.groupings.layers import canonical_name, weighted_layers
+from lightning_wgsef.groups import Groups
+from lightning_wgsef.members import Member
+
+NAME = "branches"
+_TOLERANCE = 1e-5
+_OUTSIDE = "it belongs to no residual block that its weights at zero make the identity"
+
+
+def branch_groups(model: nn.Module, example_input: Any) -> Groups:
+    """Group all weights of each residual block that hands its input on when they are zero.
+
+    All compete for one budget, k blocks, as the layer "branches", in the order of
+    `residual_blocks`. A network without its weakest blocks is less deep.
+
+    Args:
+        model: a network with residual blocks.
+        example_input: a tensor, or a tuple of the arguments of ``forward``.
+
+    Raises:
+        ValueError: the forward pass fails.
+
+    >>> class Block(nn.Module):
+    ...     def __init__(self):
+    ...         super().__init__()
+    ...         self.fc = nn.Linear(4, 4)
+    ...     def forward(self, x):
+    ...         return x + torch.relu(self.fc(x))
+    >>> network = nn.Sequential(nn.Linear(2, 4), Block(), Block())
+    >>> groups = branch_groups(network, torch.ones(1, 2))
+    >>> groups.layers[0].count, list(groups.left_out)
+    (2, ['0'])
+    """
+    names = residual_blocks(model, example_input)
+    numbers = {name: number for number, name in enumerate(names)}
+    left_out = {
+        layer.name: _OUTSIDE
+        for layer in weighted_layers(model)
+        if not any(layer.name == name or layer.name.startswith(f"{name}.") for name in names)
+    }
+    if not names:
+        return Groups([], left_out)
+    parameters = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    members = [
+        Member(
+            name,
+            parameter,
+            axes=(0,),
+            index=torch.tensor([numbers[block]]),
+            shape=(1, *parameter.shape),
+        )
+        for block in names
+        for name, parameter in parameters.items()
+        if name.startswith(f"{block}.")
+    ]
+    return Groups([GroupedLayer(NAME, "layer", len(names), tuple(members), True)], left_out)
+
+
+def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
+    """Names of the modules that hand their input on when all their parameters are zero.
+
+    Found by trying, on a copy in evaluation mode. A block that changes the shape, or ends in a
+    norm, is none; of blocks inside of blocks the innermost count.
+
+    Raises:
+        ValueError: the forward pass fails.
+    """
+    twin = copy.deepcopy(model).eval()
+    _stir_statistics(twin)
+    weighted = {canonical_name(layer.name) for layer in weighted_layers(twin)}
+    calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
+    modules = {canonical_name(name): module for name, module in twin.named_modules() if name}
+
+    def recorder(name: str) -> Callable[..., None]:
+        def record(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            calls[name] = (inputs, named)
+
+        return record
+
+    hooks = [
+        module.register_forward_pre_hook(recorder(name), with_kwargs=True)
+        for name, module in modules.items()
+        if any(layer.startswith(f"{name}.") for layer in weighted)
+    ]
+    with torch.no_grad():
+        run_example(twin, example_input)
+        for hook in hooks:
+            hook.remove()
+        found: list[str] = []
+        for name in sorted(calls, key=lambda name: -name.count(".")):
+            holds_one = any(other.startswith(f"{name}.") for other in found)
+            if holds_one or not _alone(twin, modules[name]):
+                continue
+            if _is_identity(modules[name], *calls[name]):
+                found.append(name)
+    return [name for name in modules if name in found]
+
+
+def _stir_statistics(model: nn.Module) -> None:
+    """A fresh norm's running mean is zero: then even one without scale and shift gives zero."""
+    generator = torch.Generator().manual_seed(0)
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer += torch.randn(buffer.shape, generator=generator).to(buffer)
+
+
+def _alone(model: nn.Module, block: nn.Module) -> bool:
+    """Does nobody outside of the block use its parameters?"""
+    inside, own = set(block.modules()), {id(parameter) for parameter in block.parameters()}
+    others = (module for module in model.modules() if module not in inside)
+    return not any(id(p) in own for module in others for p in module.parameters(recurse=False))
+
+
+def _is_identity(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> bool:
+    """Is the output of the block with zero parameters its first input?"""
+    given = next((x for x in (*inputs, *named.values()) if isinstance(x, Tensor)), None)
+    before = [parameter.clone() for parameter in block.parameters()]
+    for parameter in block.parameters():
+        parameter.zero_()
+    output = block(*inputs, **named)
+    for parameter, value in zip(block.parameters(), before, strict=True):
+        parameter.copy_(value)
+    output = output[0] if isinstance(output, tuple) and output else output
+    if given is None or not isinstance(output, Tensor) or output.shape != given.shape:
+        return False
+    return torch.allclose(
+        output, given, rtol=_TOLERANCE, atol=_TOLERANCE * float(given.abs().max())
+    )
