@@ -28,7 +28,7 @@ def branch_groups(model: nn.Module, example_input: Any) -> Groups:
 
     Args:
         model: a network with residual blocks.
-        example_input: a tensor, or a tuple of the arguments of ``forward``.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
 
     Raises:
         ValueError: the forward pass fails.

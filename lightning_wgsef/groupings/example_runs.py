@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
 
 def run_example(model: nn.Module, example_input: Any) -> Any:
-    """What ``model`` makes of a tensor, or of a tuple of the arguments of ``forward``.
+    """What ``model`` makes of a tensor, a tuple of the arguments of ``forward``, or a dict of them.
 
     Tensors are moved to the model's device.
 
@@ -18,16 +20,44 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
     >>> run_example(nn.Linear(2, 1), (nn.Linear(3, 2).weight,)) # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: example_input must be what Linear takes, a tensor or a tuple of its arguments, ...
+    ValueError: example_input must be what Linear takes, a tensor, a tuple of its ...
     """
-    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     device = next((parameter.device for parameter in model.parameters()), None)
-    inputs = tuple(x.to(device) if isinstance(x, Tensor) else x for x in inputs)
+    inputs = mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_input)
     try:
-        return model(*inputs)
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     except Exception as error:
-        given = [tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__ for x in inputs]
+        given = mapped(lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x), inputs)
         raise ValueError(
-            f"example_input must be what {type(model).__name__} takes, a tensor or a tuple of its "
-            f"arguments, got {given}: {type(error).__name__}: {error}"
+            f"example_input must be what {type(model).__name__} takes, a tensor, a tuple of its "
+            f"arguments or a dict of them, got {given}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def mapped(function: Callable[[Any], Any], example_input: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments of ``forward``, each replaced by what ``function`` makes of it.
+
+    >>> mapped(len, ("a", "bc")), mapped(len, {"x": "abc"}), mapped(len, "ab")
+    ((1, 2), {'x': 3}, (2,))
+    """
+    if isinstance(example_input, Mapping):
+        return {name: function(value) for name, value in example_input.items()}
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    return tuple(function(value) for value in inputs)
+
+
+def model_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model (inside a compiled one), without the trainer it may belong to.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    model = getattr(model, "_orig_mod", model)
+    trainers = [vars(module).get("_trainer") for module in model.modules()]
+    try:
+        return copy.deepcopy(model, {id(trainer): trainer for trainer in trainers})
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied, which its graph needs: "
+            f"{type(error).__name__}: {error}; make copy.deepcopy(model) work"
         ) from error

@@ -63,7 +63,7 @@ def group_parameters(
             with an entry for every group, layer after layer, or a mapping from layer names to
             tensors. A share k is one of the layer's cost, or with "global" one of the whole
             model's, including what is not grouped.
-        example_input: a tensor, or a tuple of the arguments of ``forward``.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
         overlap: what happens to a layer that claims weights of a layer before it: "error", or
             "first", which leaves it out.
 

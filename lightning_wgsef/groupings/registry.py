@@ -14,8 +14,11 @@ from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.elements import element_groups
 from lightning_wgsef.groupings.filter_shapes import filter_shape_groups
 from lightning_wgsef.groupings.filters import filter_groups
+from lightning_wgsef.groupings.heads import head_groups
+from lightning_wgsef.groupings.hidden import hidden_groups
 from lightning_wgsef.groupings.n_of_m import n_of_m_groups
 from lightning_wgsef.groupings.patterns import matches
+from lightning_wgsef.groupings.structure import structure_groups
 from lightning_wgsef.groupings.tiles import tile_groups
 from lightning_wgsef.groups import Groups
 
@@ -27,9 +30,12 @@ GROUPINGS: dict[str, Maker] = {
     "element": element_groups,
     "filter": filter_groups,
     "filter_shape": filter_shape_groups,
+    "head": head_groups,
+    "hidden": hidden_groups,
 }
 TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
     "layer": branch_groups,
+    "structure": structure_groups,
 }
 """Those that need an example input."""
 _SIZES = {
@@ -65,7 +71,7 @@ def find_groups(model: nn.Module, grouping: Grouping, example_input: Any | None 
         if example_input is None:
             raise ValueError(
                 f"grouping={grouping!r} follows a forward pass and needs an example_input, a "
-                "tensor or a tuple of the arguments of forward"
+                "tensor, a tuple of the arguments of forward, or a dict of them"
             )
         return TRACED[grouping](model, example_input)
     maker = _maker(grouping)
