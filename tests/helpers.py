@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef import GroupedLayer, Member
+from lightning_wgsef.groupings.registry import GROUPINGS
 
+# The groupings that need no more than a convolution or a dense layer.
+OF_ANY_LAYER = {name: GROUPINGS[name] for name in ("channel", "element", "filter", "filter_shape")}
 FASHION_MNIST = Path(__file__).resolve().parents[2] / "shared" / "data" / "fashion-mnist"
 needs_fashion_mnist = pytest.mark.skipif(
     not FASHION_MNIST.is_dir(), reason=f"the four Fashion-MNIST files are not in {FASHION_MNIST}"

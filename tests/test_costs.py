@@ -225,9 +225,10 @@ def test_the_forward_pass_is_in_evaluation_mode(measure):
     ("inputs", "shapes"),
     [
         (torch.ones(5, 3, 8, 8), ["(5, 3, 8, 8)", "channels"]),
-        ((torch.ones(5, 2, 8, 8), torch.ones(4)), ["[(5, 2, 8, 8), (4,)]"]),
-        ((torch.ones(4), {"mask": 1}), ["[(4,), 'dict']"]),
-        ((), ["[]"]),
+        ((torch.ones(5, 2, 8, 8), torch.ones(4)), ["((5, 2, 8, 8), (4,))"]),
+        ((torch.ones(4), {"mask": 1}), ["((4,), 'dict')"]),
+        ((), ["got ()"]),
+        ({"x": torch.ones(4)}, ["got {'x': (4,)}"]),
     ],
 )
 def test_an_input_that_does_not_fit(measure, inputs, shapes):

@@ -8,14 +8,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from helpers import mlp, names, raises_naming, stages, without
+from helpers import OF_ANY_LAYER, mlp, names, raises_naming, stages, without
 from torch import nn
 
 from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, prox_multipliers
 from lightning_wgsef.groupings.channels import channel_groups
 from lightning_wgsef.groupings.filters import filter_groups
 from lightning_wgsef.groupings.layer_budgets import check_budget
-from lightning_wgsef.groupings.registry import GROUPINGS, check_grouping
+from lightning_wgsef.groupings.registry import check_grouping
 
 # --- budgets -----------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ def test_unknown_groupings(grouping):
         group_parameters(mlp(3, 4, 2), grouping)
 
 
-@pytest.mark.parametrize("grouping", [*GROUPINGS, scales, filter_groups])
+@pytest.mark.parametrize("grouping", [*OF_ANY_LAYER, scales, filter_groups])
 def test_known_groupings_pass_the_check(grouping):
     assert check_grouping(grouping) is None
 
@@ -194,7 +194,7 @@ def test_known_groupings_pass_the_check(grouping):
 # --- models without groups ---------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_a_model_without_weights(grouping):
     with raises_naming("Sequential has no layer", repr(grouping), "no weights"):
         group_parameters(nn.Sequential(nn.ReLU()), grouping)

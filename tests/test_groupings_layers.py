@@ -4,14 +4,13 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import members, mlp, names, raises_naming, without
+from helpers import OF_ANY_LAYER, members, mlp, names, raises_naming, without
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from lightning_wgsef import group_parameters
 from lightning_wgsef.groupings.filters import filter_groups
 from lightning_wgsef.groupings.layers import weighted_layers
-from lightning_wgsef.groupings.registry import GROUPINGS
 
 # --- the norm that follows ---------------------------------------------------------------------
 
@@ -152,7 +151,7 @@ def test_one_channel_is_not_depthwise():
     assert names(group_parameters(network, "channel")) == ["1"]
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_frozen(grouping):
     network = mlp(3, 4, 5, 6, 2)
     network[2].weight.requires_grad_(False)
@@ -162,7 +161,7 @@ def test_frozen(grouping):
     assert groups.left_out["2"] == "frozen: 2.weight has no gradient"
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_tied_weights(grouping):
     network = mlp(4, 4, 4, 4, 4)
     network[4].weight = network[2].weight
@@ -188,7 +187,7 @@ def test_a_layer_tied_to_an_embedding():
     assert "tied" in groups.left_out["2"]
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_parametrised(grouping):
     network = mlp(3, 4, 5, 6, 2)
     parametrizations.weight_norm(network[2])
@@ -212,7 +211,7 @@ def test_the_parts_of_a_parametrisation_are_no_layers():
     assert group_parameters(network).left_out.keys() == {"0", "2"}
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_lazy(grouping):
     network = nn.Sequential(nn.Linear(3, 4), nn.LazyLinear(5), nn.Linear(5, 6), nn.Linear(6, 2))
     groups = group_parameters(network, grouping)
@@ -223,7 +222,7 @@ def test_lazy(grouping):
     assert "1" in names(group_parameters(network, grouping))
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_a_lazy_norm(grouping):
     """Its width is not known yet: it follows no layer, or the layer says why it is left out."""
     network = nn.Sequential(nn.Conv2d(1, 4, 3), nn.LazyBatchNorm2d(), nn.Conv2d(4, 4, 3))
@@ -231,7 +230,7 @@ def test_a_lazy_norm(grouping):
     assert "2" in names(groups)
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_other_modules(grouping):
     modules = OrderedDict(
         words=nn.Embedding(5, 3),

@@ -4,12 +4,11 @@ from collections import OrderedDict
 
 import pytest
 import torch
-from helpers import mlp, names, raises_naming, stages, without
+from helpers import OF_ANY_LAYER, mlp, names, raises_naming, stages, without
 from torch import nn
 
 from lightning_wgsef import group_parameters
 from lightning_wgsef.groupings.layers import canonical_name
-from lightning_wgsef.groupings.registry import GROUPINGS
 
 # --- include and exclude -----------------------------------------------------------------------
 
@@ -118,7 +117,7 @@ def test_canonical_names(name, canonical):
     assert canonical_name(name) == canonical
 
 
-@pytest.mark.parametrize("make", GROUPINGS.values())
+@pytest.mark.parametrize("make", OF_ANY_LAYER.values())
 def test_a_model_that_is_a_layer(make):
     """Its parameters are called "weight" and "bias", as in its state_dict."""
     layer = nn.Linear(3, 2)
@@ -139,7 +138,7 @@ def described(groups):
     return [(x.name, x.count, [m.name for m in x.members]) for x in groups.layers], groups.left_out
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 @pytest.mark.parametrize("part", ["", "block", "stem", "head", "block.0"])
 def test_compiled_modules(grouping, part):
     """The same groups under the same names, whichever part is compiled."""

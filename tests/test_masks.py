@@ -5,11 +5,10 @@ import warnings
 
 import pytest
 import torch
-from helpers import PRUNED, conv_network, kept, lists, pruned, raises_naming
+from helpers import OF_ANY_LAYER, PRUNED, conv_network, kept, lists, pruned, raises_naming
 from torch import nn
 
 from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, masks_from_zeros
-from lightning_wgsef.groupings.registry import GROUPINGS
 from lightning_wgsef.masks import apply_masks
 
 # --- masks from zeros --------------------------------------------------------------------------
@@ -99,7 +98,7 @@ def test_a_broken_group_is_not_zero(value):
     assert lists(masks_from_zeros(group_parameters(model))) == PRUNED
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_a_model_that_is_one_layer(grouping):
     model = nn.Linear(3, 2)
     model.weight.data.zero_()
@@ -112,7 +111,7 @@ def test_a_model_that_is_one_layer(grouping):
 # --- applying masks ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_dead_is_plus_zero_and_alive_is_untouched(grouping):
     model = conv_network()
     groups = group_parameters(model, grouping)

@@ -4,11 +4,10 @@ import copy
 
 import pytest
 import torch
-from helpers import conv_network, kept
+from helpers import OF_ANY_LAYER, conv_network, kept
 from torch import nn
 
 from lightning_wgsef import group_parameters
-from lightning_wgsef.groupings.registry import GROUPINGS
 from lightning_wgsef.masks import Convergence, apply_masks, clear_moments
 
 # --- moments -----------------------------------------------------------------------------------
@@ -36,7 +35,7 @@ def train(model, optimizer, steps=3):
 
 
 @every_optimizer
-@pytest.mark.parametrize("grouping", GROUPINGS)
+@pytest.mark.parametrize("grouping", OF_ANY_LAYER)
 def test_clear_moments(name, grouping):
     make, moments = OPTIMIZERS[name]
     model = conv_network()

@@ -27,7 +27,9 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
     try:
         return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     except Exception as error:
-        given = mapped(lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x), inputs)
+        given = mapped(
+            lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, inputs
+        )
         raise ValueError(
             f"example_input must be what {type(model).__name__} takes, a tensor, a tuple of its "
             f"arguments or a dict of them, got {given}: {type(error).__name__}: {error}"

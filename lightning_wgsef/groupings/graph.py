@@ -115,8 +115,13 @@ class Graph:
             for dependency in node.dependencies if fresh else ():
                 if dependency.trigger == handler:
                     mapped = fresh
-                    for mapping in dependency.index_mapping:
-                        mapped = mapped if mapping is None else mapping(mapped)
+                    try:
+                        for mapping in dependency.index_mapping:
+                            mapped = mapped if mapping is None else mapping(mapped)
+                    except IndexError:  # torch-pruning misses a part of a split
+                        name = type(node.grad_fn).__name__
+                        found.obstacle = found.obstacle or f"its places behind {name} are unknown"
+                        continue
                     if mapped:
                         waiting.append(((dependency.target, dependency.handler), mapped))
         found.positions = {side: known for side, known in found.positions.items() if known}
@@ -203,7 +208,9 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
     >>> tied.count, [node.type.name for node, _ in tied.positions]
     (8, ['CONV', 'ELEMENTWISE', 'CONV'])
     """
-    clone = model_copy(model).eval().requires_grad_(True)
+    clone = model_copy(model).eval()
+    for parameter in clone.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
     names = {module: canonical_name(name) for name, module in clone.named_modules()}
     one_dimensional = any(isinstance(module, nn.Conv1d) for module in names)
     inputs: list[tuple[nn.Parameter, int]] = []
@@ -235,7 +242,7 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
         try:
             with watch:
                 engine.build_dependency(
-                    clone, list(arguments), run, unwrapped_parameters=inputs, verbose=False
+                    clone, list(arguments), run, unwrapped_parameters=list(inputs), verbose=False
                 )
         except ValueError:
             raise

@@ -18,6 +18,8 @@ _MIXING = re.compile(
     "Mm|Bmm|Mv|Dot|Linear|Bilinear|ScaledDot|Attention|Convolution|Pixel|Shuffle|CopySlices|Fft"
 )
 
+_REDUCING = re.compile("Mean|Max|Min|Amax|Amin|Median|Prod|Var|Std")
+
 
 def tensors(value: Any) -> list[Tensor]:
     """All tensors in what a model returns.
@@ -83,6 +85,26 @@ def operation_obstacle(node: Any, width: int) -> str:
         axis = axis if axis < len(shape) else axis + len(shape) - 2**64
         if not any(shape[a] == width for a in (1, len(shape) - 1) if a != axis):
             return f"its place in the concatenation or split of shape {shape} is unknown"
+    return ""
+
+
+def removal_obstacle(node: Any, width: int) -> str:
+    """Why ``width`` channels cannot get fewer where they pass an operation, even if zero."""
+    operation = node.grad_fn
+    kind = type(operation).__name__
+    mappings = [mapping for x in node.dependencies for mapping in x.index_mapping]
+    if node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and any(x is not None for x in mappings):
+        return f"{kind} takes channels by their number"
+    if _REDUCING.match(kind) and hasattr(operation, "_saved_dim"):
+        before = getattr(operation, "_saved_self_sym_sizes", None)
+        before = operation._saved_self.shape if before is None else before
+        saved = operation._saved_dim
+        axes = [
+            x - 2**64 if x >= 2**63 else x for x in (saved if isinstance(saved, tuple) else [saved])
+        ]
+        channels = 1 if len(before) > 1 and before[1] == width else len(before) - 1
+        if before[channels] == width and channels in [axis % len(before) for axis in axes]:
+            return f"{kind} is taken over all channels"
     return ""
 
 

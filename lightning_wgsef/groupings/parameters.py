@@ -20,6 +20,7 @@ from lightning_wgsef.groupings.layer_budgets import (
 from lightning_wgsef.groupings.layer_weights import Weights, check_weights, with_weights
 from lightning_wgsef.groupings.patterns import check_patterns, matches
 from lightning_wgsef.groupings.registry import Grouping, find_groups, grouping_name
+from lightning_wgsef.groupings.zero_invariance import with_invariance
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.overlap import Claims
 
@@ -63,7 +64,8 @@ def group_parameters(
             with an entry for every group, layer after layer, or a mapping from layer names to
             tensors. A share k is one of the layer's cost, or with "global" one of the whole
             model's, including what is not grouped.
-        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them. With
+            it, the claim that zero groups can be taken out is tried, see `zero_invariance`.
         overlap: what happens to a layer that claims weights of a layer before it: "error", or
             "first", which leaves it out.
 
@@ -110,6 +112,8 @@ def group_parameters(
             f"{type(model).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
             f"group{reasons or ': it has no weights'}"
         )
+    if example_input is not None:
+        layers = list(with_invariance(model, Groups(layers), example_input).layers)
     layers, rest = with_costs(model, layers, costs, example_input)
     layers = with_weights(layers, weights, scope)
     if scope == "global":

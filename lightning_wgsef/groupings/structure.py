@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.groupings.example_runs import run_example
 from lightning_wgsef.groupings.graph import Graph, Side, Tied, build_graph
 from lightning_wgsef.groupings.layers import canonical_name, other_layers, weighted_layers
-from lightning_wgsef.groupings.operations import OPTYPE
+from lightning_wgsef.groupings.operations import OPTYPE, removal_obstacle
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.members import Member
 
@@ -64,7 +66,8 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
     """
     graph = build_graph(model, example_input)
     original = _Originals(model, graph)
-    layers, left_out = [], other_layers(graph.model)
+    left_out = other_layers(graph.model)
+    found: dict[str, Tied] = {}
     taken: dict[nn.Module, set[int]] = {}
     for layer in weighted_layers(graph.model):
         if layer.module not in graph.engine.module2node:
@@ -79,21 +82,33 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
             if taken.setdefault(module, set()) & positions.keys():
                 reason = reason or f"its channels overlap those of '{graph.names[module]}'"
             taken[module] |= positions.keys()
-        if reason or tied.count < 2:
+        if tied.count < 2:
             bundle = f"its {len(channels)} channels can only be removed together"
             reason = reason or (bundle if len(channels) > 1 else "it has one channel")
-            left_out[layer.name] = reason
-            for module, _ in _produced(graph, tied):
-                left_out.setdefault(graph.names[module], reason)
+        if reason:
+            _leave_out(graph, tied, layer.name, reason, left_out)
+        else:
+            found[layer.name] = tied
+    members = {name: original.members(tied) for name, tied in found.items()}
+    layers = []
+    for name, (obstacle, is_constant) in _trials(graph, found, example_input).items():
+        tied = found[name]
+        if obstacle and not is_constant:
+            _leave_out(graph, tied, name, obstacle, left_out)
             continue
-        members = original.members(tied)
         for module in graph.modules(tied):
             if isinstance(module, nn.Embedding):
                 left_out.pop(graph.names[module], None)
-        reserved = _reserved(graph, tied, members)
+        obstacle = _unequal(graph, tied) or obstacle
         layers.append(
             GroupedLayer(
-                layer.name, "structure", tied.count, members, removable=True, reserved=reserved
+                name,
+                "structure",
+                tied.count,
+                members[name],
+                removable=not obstacle,
+                obstacle=obstacle,
+                reserved=_reserved(graph, tied, members[name]),
             )
         )
     grouped = {layer.name for layer in layers}
@@ -220,11 +235,82 @@ def _reserved(graph: Graph, tied: Tied, members: tuple[Member, ...]) -> str:
     frozen = [member.name for member in members if not member.parameter.requires_grad]
     if frozen:
         return f"frozen: {frozen[0]} has no gradient"
-    producers = [graph.names[module] for module, _ in _produced(graph, tied)]
-    if len(producers) > 1 and any(normalises_width(module) for module in graph.modules(tied)):
+    makers = (OPTYPE.CONV, OPTYPE.LINEAR, OPTYPE.EMBED)
+    sides = [side for side in tied.positions if side[0].type in makers and graph.outward(side)]
+    producers = [graph.names[side[0].module] for side in sides]
+    if len(producers) > 1 and any(map(normalises_width, graph.modules(tied))):
         names = ", ".join(f"'{name}'" for name in producers[:3])
         return f"residual stream of {names}{' ..' if len(producers) > 3 else ''}"
     return ""
+
+
+def _leave_out(graph: Graph, tied: Tied, name: str, why: str, left_out: dict[str, str]) -> None:
+    left_out[name] = why
+    for module, _ in _produced(graph, tied):
+        left_out.setdefault(graph.names[module], why)
+
+
+def _unequal(graph: Graph, tied: Tied) -> str:
+    """Why a network without the channels is another than one in which they are zero."""
+    for module in graph.modules(tied):
+        if normalises_width(module):
+            name = graph.names[module]
+            return f"{type(module).__name__} '{name}' normalises over the channels"
+    for (node, _), positions in tied.positions.items():
+        if obstacle := removal_obstacle(node, max(positions) + 1):
+            return obstacle
+    return ""
+
+
+def _trials(
+    graph: Graph, found: dict[str, Tied], example_input: Any
+) -> dict[str, tuple[str, bool]]:
+    """Whether zero groups reach as zeros what reads them; if not, why, and if as constants.
+
+    Tried, on the graph's model, with half the groups of every set zero at once: the graph takes
+    an operation that it does not know for one that keeps every channel in its place.
+    """
+    generator = torch.Generator().manual_seed(0)
+    results, hooks = dict.fromkeys(found, ("", True)), []
+    with torch.no_grad(), torch.random.fork_rng([]):
+        for parameter in graph.model.parameters():
+            parameter.masked_fill_(parameter == 0, 0.1)  # other zeros would hide mistakes
+        for name, tied in found.items():
+            order = torch.randperm(tied.count, generator=generator).tolist()
+            dead = set(order[: (tied.count + 1) // 2])
+            for side, positions in tied.positions.items():
+                for part in slices(graph, tied, side):
+                    places = [place for place, group in part.groups.items() if group in dead]
+                    index = torch.tensor(places, dtype=torch.long, device=part.parameter.device)
+                    part.parameter.index_fill_(part.axis, index, 0)
+                if not graph.outward(side) and side[0].type in (OPTYPE.CONV, OPTYPE.LINEAR):
+                    places = [x for x, root in positions.items() if tied.bundle[root] in dead]
+                    reader = side[0].module
+                    check = partial(_check_zeros, results, name, graph.names[reader], places)
+                    hooks.append(reader.register_forward_pre_hook(check))
+        run_example(graph.model, example_input)
+    for hook in hooks:
+        hook.remove()
+    return results
+
+
+def _check_zeros(
+    results: dict[str, tuple[str, bool]],
+    name: str,
+    reader: str,
+    places: list[int],
+    module: Any,
+    inputs: tuple[Any, ...],
+) -> None:
+    """Before the reader runs: note what is not zero at the places of its input."""
+    axis = 1 - module.weight.dim()
+    channels = inputs[0].movedim(axis, 0)[places].flatten(1)
+    if bool((channels != 0).any()):
+        constant = bool((channels == channels[:, :1]).all())
+        why = f"a zero channel reaches '{reader}' as a constant that is not zero"
+        if not constant:
+            why = f"its channels do not reach '{reader}' where the graph has them"
+        results[name] = max(results[name], (why, constant), key=lambda result: not result[1])
 
 
 def normalises_width(module: object) -> bool:
@@ -233,5 +319,7 @@ def normalises_width(module: object) -> bool:
     >>> normalises_width(nn.LayerNorm(4)), normalises_width(nn.BatchNorm1d(4))
     (True, False)
     """
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups < module.num_channels
     kind = type(module).__name__
     return isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or "LayerNorm" in kind

@@ -1,0 +1,186 @@
+"""Can zero groups be taken out of a network without changing its outputs?"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.groupings.example_runs import model_copy, run_example
+from lightning_wgsef.groupings.graph import build_graph
+from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name, weighted_layers
+from lightning_wgsef.groupings.leaks import Removable, as_channels, cause_of_leak
+from lightning_wgsef.groupings.operations import tensors
+from lightning_wgsef.groupings.removal import channel_removal
+from lightning_wgsef.groupings.removal_plan import RemovalPlan
+from lightning_wgsef.groups import Groups
+
+BY_CONSTRUCTION = ("channel", "head", "hidden", "layer")
+"""Groupings whose groups hold what reads them, so that a zero group adds nothing."""
+TOLERANCE = 1e-4
+"""Of the largest output: float32 networks round to about 1e-6 of it."""
+
+
+def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dict[str, str]:
+    """Why zero groups cannot be taken out without changing the outputs, layer by layer.
+
+    On copies whose parameters and statistics are drawn at random (a fresh network's zero biases
+    hide every leak), half of the groups of each layer are set to zero in one, and their channels
+    are cut out of the other; on ``example_input``, what their layers and the networks return must
+    agree to 1e-4 of the largest.
+    Channels, heads, hidden units and residual blocks need no run: their groups hold what reads
+    them.
+
+    Args:
+        model: any module; it is copied, not touched.
+        groups: its groups; only layers that claim to be removable are looked at.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+
+    Returns:
+        The cause for every layer that claims to be removable, "" where nothing stands against it.
+
+    Raises:
+        ValueError: the model cannot be copied, run or followed by autograd.
+
+    >>> from lightning_wgsef.groupings.filters import filter_groups
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.Linear(8, 2))
+    >>> zero_invariance(network, filter_groups(network).only(["0", "2"]), torch.ones(1, 4))
+    {'0': "'1' (Sigmoid) turns 0 into 0.5", '2': ''}
+    """
+    causes = {layer.name: "" for layer in groups.layers if layer.removable}
+    doubtful = _doubtful(groups)
+    if not doubtful:
+        return causes
+    trial = _Trial(model, example_input)
+    found = [as_channels(trial.graph, layer) for layer in doubtful]
+    causes.update({x.layer.name: x.obstacle for x in found})
+    causes.update(_failures(trial, [x for x in found if not x.obstacle]))
+    return causes
+
+
+def with_invariance(model: nn.Module, groups: Groups, example_input: Any) -> Groups:
+    """The same groups, of which those that `zero_invariance` objects to are not removable.
+
+    Where it cannot tell, since the model cannot be followed, none are that it would have to try.
+
+    >>> from lightning_wgsef.groupings.filters import filter_groups
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 2))
+    >>> groups = with_invariance(network, filter_groups(network), torch.ones(1, 4))
+    >>> groups.layers[0].obstacle
+    "LayerNorm '1' normalises over these channels"
+    """
+    try:
+        causes = zero_invariance(model, groups, example_input)
+    except ValueError as error:
+        causes = {layer.name: f"not known: {error}" for layer in _doubtful(groups)}
+    layers = []
+    for layer in groups.layers:
+        cause = causes.get(layer.name, "")
+        layers.append(replace(layer, removable=False, obstacle=cause) if cause else layer)
+    return Groups(layers, groups.left_out, float(groups.budgets[0]) if groups.is_global else None)
+
+
+def _doubtful(groups: Groups) -> list[GroupedLayer]:
+    """The layers that claim to be removable, and have to prove it."""
+    return [x for x in groups.layers if x.removable and x.grouping not in BY_CONSTRUCTION]
+
+
+def _failures(trial: _Trial, found: list[Removable]) -> dict[str, str]:
+    """The layers that fail, with the cause: all at once, and halves of them where that fails."""
+    failure = trial.failure(found) if found else ""
+    if not failure:
+        return {}
+    if len(found) == 1:
+        return {found[0].layer.name: failure}
+    middle = len(found) // 2
+    failures = _failures(trial, found[:middle]) | _failures(trial, found[middle:])
+    return failures or {x.layer.name: failure for x in found}
+
+
+class _Trial:
+    """A network to try removals on: a copy with random biases, scales and statistics."""
+
+    def __init__(self, model: nn.Module, example_input: Any) -> None:
+        self.graph = build_graph(model, example_input)
+        self.example_input = example_input
+        self.network = model_copy(model).eval()
+        self.generator = torch.Generator().manual_seed(0)
+        _stir(self.network, self.generator)
+
+    @torch.no_grad()
+    def failure(self, found: list[Removable]) -> str:
+        """How outputs differ with half of the groups zero, and with their channels cut out."""
+        zeroed, slim = copy.deepcopy(self.network), copy.deepcopy(self.network)
+        removals = []
+        for x in found:
+            if x.layer.count < 2:
+                return "it has one group"
+            dead = torch.randperm(x.layer.count, generator=self.generator)[: x.layer.count // 2]
+            _zero(zeroed, x.layer, dead)
+            removals.append((x.tied, x.bundles(dead)))
+        plan = channel_removal(self.graph, removals)
+        plan.apply(slim)
+        expected = self._activations(zeroed, plan)
+        try:
+            outputs = self._activations(slim)
+        except ValueError as error:
+            return f"the network does not run without them: {error.__cause__}"
+        if len(outputs) == len(expected) and all(map(_close, outputs, expected)):
+            return ""
+        causes = [cause_of_leak(self.graph, x) for x in found]
+        return causes[0] or "the outputs change when zero groups are taken out"
+
+    def _activations(self, network: nn.Module, plan: RemovalPlan | None = None) -> list[Tensor]:
+        """What all layers and the network return, without the channels that a plan takes out.
+
+        The outputs alone would not do: behind many layers a leak may be too weak to be seen.
+        """
+        seen: list[Tensor] = []
+
+        def note(layer: WeightedLayer, output: Tensor) -> None:
+            across = layer.transposed and layer.split == 1
+            kept = plan.kept.get(layer.path("weight"), {}).get(int(across)) if plan else None
+            if kept is not None:
+                axis = 1 - layer.weight.dim()  # -1 for dense layers, -3 for images
+                output = output.index_select(axis, torch.tensor(kept, device=output.device))
+            seen.append(output)
+
+        hooks = [
+            layer.module.register_forward_hook(lambda *given, own=layer: note(own, given[-1]))
+            for layer in weighted_layers(network)
+        ]
+        outputs = tensors(run_example(network, self.example_input))
+        for hook in hooks:
+            hook.remove()
+        return seen + outputs
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return not one.numel() or bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
+
+
+def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:
+    parameters = {canonical_name(name): p for name, p in network.named_parameters()}
+    members = tuple(replace(m, parameter=parameters[m.name]) for m in layer.members)
+    groups = Groups([replace(layer, members=members)])
+    factors = torch.ones(layer.count, device=members[0].parameter.device)
+    factors[dead] = 0
+    groups.scale_(factors)
+
+
+@torch.no_grad()
+def _stir(network: nn.Module, generator: torch.Generator) -> None:
+    """Random biases, scales and statistics; tensors that are all zero become random, too.
+
+    All of these are positive: a leak that is negative would stop at the next ReLU.
+    """
+    for tensor in [*network.parameters(), *network.buffers()]:
+        if tensor.is_floating_point() and (tensor.dim() == 1 or not tensor.any()):
+            noise = torch.randn(tensor.shape, generator=generator).abs().add_(0.1)
+            tensor.copy_(noise if tensor.dim() == 1 else noise / 10)
