@@ -93,7 +93,7 @@ FILTERS = {
     ),
     "softmax over channels": (
         Through(lambda x: x.softmax(1), nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)),
-        {"0": "zero does not stay zero in one of Softmax", "1": OUTPUTS},
+        {"0": "its channels may be moved or mixed by SoftmaxBackward0", "1": OUTPUTS},
     ),
     "norm over channels": (
         two_convolutions(nn.GroupNorm(1, 8)),

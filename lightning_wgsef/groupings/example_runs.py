@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -46,6 +47,43 @@ def mapped(function: Callable[[Any], Any], example_input: Any) -> tuple[Any, ...
         return {name: function(value) for name, value in example_input.items()}
     inputs = example_input if isinstance(example_input, tuple) else (example_input,)
     return tuple(function(value) for value in inputs)
+
+
+def random_like(example_input: Any, seed: int = 0) -> Any:
+    """Another example: numbers drawn with the same mean and spread, others in another order.
+
+    >>> random_like((torch.tensor([[3, 4, 5]]), "mean"))[0].sort().values
+    tensor([[3, 4, 5]])
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        if not value.is_floating_point():
+            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            return value.flatten()[order].view(value.shape)
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        spread = value.std() if value.numel() > 1 and bool(value.std() > 0) else 1.0
+        return noise * spread + value.mean()
+
+    return mapped(drawn, example_input)
+
+
+def doubled(example_input: Any) -> Any:
+    """The example twice, along the first axis of every tensor: norms train on two at least.
+
+    >>> doubled(torch.ones(1, 3))[0].shape
+    torch.Size([2, 3])
+    """
+    other = random_like(example_input)
+    pairs = iter(other.values() if isinstance(other, dict) else other)
+
+    def joined(value: Any) -> Any:
+        second = next(pairs)
+        return torch.cat([value, second]) if isinstance(value, Tensor) and value.dim() else value
+
+    return mapped(joined, example_input)
 
 
 def model_copy(model: nn.Module) -> nn.Module:

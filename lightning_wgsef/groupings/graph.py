@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -22,7 +23,10 @@ from lightning_wgsef.groupings.operations import (
     MODULE_OPERATIONS,
     OPTYPE,
     Watch,
+    flatten_obstacle,
+    mixes_channels,
     operation_obstacle,
+    shape_after,
     tensors,
 )
 
@@ -98,6 +102,7 @@ class Graph:
         found, joined = Tied(), _Joined(channels)
         indices = [_Index(idx=channel, root_idx=channel) for channel in joined.parent]
         waiting = [((self.engine.module2node[module], start), indices)]
+        circular = False  # a wrong mapping in a circle counts up for ever
         while waiting:
             side, indices = waiting.pop()
             node, handler = side
@@ -105,30 +110,44 @@ class Graph:
                 continue  # broadcast: every channel reads the same one
             known, fresh = found.positions.setdefault(side, {}), []
             for index in self._aligned(side, indices):
-                if index.root_idx is None:
+                if index.idx >= self.largest_axis:
+                    circular = True
+                elif index.root_idx is None:
                     found.obstacle = found.obstacle or f"its channels are repeated heads: {HEAD}"
                 elif index.idx not in known:
                     known[index.idx] = index.root_idx
                     fresh.append(index)
                 elif known[index.idx] != index.root_idx:
                     joined.join(known[index.idx], index.root_idx)
+            if self._mixes(node):
+                continue  # what lies behind is not tied, and recurrence would never end
             for dependency in node.dependencies if fresh else ():
                 if dependency.trigger == handler:
                     mapped = fresh
-                    try:
-                        for mapping in dependency.index_mapping:
-                            mapped = mapped if mapping is None else mapping(mapped)
-                    except IndexError:  # torch-pruning misses a part of a split
-                        name = type(node.grad_fn).__name__
-                        found.obstacle = found.obstacle or f"its places behind {name} are unknown"
-                        continue
+                    for mapping in dependency.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
                     if mapped:
                         waiting.append(((dependency.target, dependency.handler), mapped))
         found.positions = {side: known for side, known in found.positions.items() if known}
         found.bundle = joined.numbers()
         for side, known in found.positions.items():
             found.obstacle = found.obstacle or self._obstacle(side, known)
+        if circular:
+            found.obstacle = found.obstacle or "the graph maps its channels to numbers without end"
         return found
+
+    @cached_property
+    def largest_axis(self) -> int:
+        """Size of the longest axis of any tensor, which no channel's number reaches."""
+        shapes: list[tuple[int, ...]] = [
+            tuple(parameter.shape) for parameter in self.model.parameters()
+        ]
+        shapes += [shape_after(node.grad_fn) or () for node in self.engine.module2node.values()]
+        return max(size for shape in shapes for size in shape)
+
+    def _mixes(self, node: Node) -> bool:
+        outside = node.module not in self.names and node.grad_fn not in self.inside
+        return outside and mixes_channels(node)
 
     def _width(self, side: Side) -> int | None:
         node, _ = side
@@ -169,7 +188,7 @@ class Graph:
             return f"tied to '{name or node.type.name.lower()}' of another width, {width}"
         if name or node.grad_fn in self.inside:
             return ""
-        return operation_obstacle(node, max(positions) + 1)
+        return flatten_obstacle(node, positions) or operation_obstacle(node, max(positions) + 1)
 
 
 class _Joined:

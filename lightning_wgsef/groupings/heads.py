@@ -13,8 +13,8 @@ from lightning_wgsef.groupings.attention import ROLES, AttentionBlock, attention
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.members import Member
 
-_HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
-_KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
 _HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size")
 
 # Name, axis of the outputs, and roles of the parameters of torch's own module.
@@ -66,7 +66,7 @@ def _heads(block: AttentionBlock) -> GroupedLayer:
     members = []
     if isinstance(block.module, nn.MultiheadAttention):
         heads = count = block.module.num_heads
-        widths = dict.fromkeys(ROLES, block.module.embed_dim)
+        widths = dict.fromkeys(ROLES, heads * block.module.head_dim)
         for name, axis, roles in _TORCH_PLACES:
             parameter = getattr(block.module, name)
             if parameter is not None:
@@ -121,17 +121,17 @@ def _counts(block: AttentionBlock, widths: dict[str, int]) -> tuple[int, int]:
     """Number of heads of the queries, and of the keys and values."""
     query, key, value = (widths[role] for role in ROLES)
     width = _number(block, _HEAD_WIDTHS, config=False)
-    heads = _number(block, _HEADS, config=False) or (query // width if width else 0)
-    heads = heads or _number(block, _HEADS, config=True)
+    heads = _number(block, HEADS, config=False) or (query // width if width else 0)
+    heads = heads or _number(block, HEADS, config=True)
     if not heads:
         raise _UnfitError(
             f"the number of heads is unknown: neither the module nor its config has one of "
-            f"{', '.join(_HEADS)}"
+            f"{', '.join(HEADS)}"
         )
     width = width or query // heads
     shared = key // max(width, 1)
-    given = _number(block, _KEY_VALUE_HEADS, config=False) or _number(
-        block, _KEY_VALUE_HEADS, config=True
+    given = _number(block, KEY_VALUE_HEADS, config=False) or _number(
+        block, KEY_VALUE_HEADS, config=True
     )
     output = block.layers["output"].inputs
     fits = (

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.groupings.channel_slices import PRODUCERS, Slices, normalises_width, slices
 from lightning_wgsef.groupings.graph import Graph, Tied
 from lightning_wgsef.groupings.layers import canonical_name
 from lightning_wgsef.groupings.operations import OPTYPE
-from lightning_wgsef.groupings.structure import PRODUCERS, Slices, normalises_width, slices
 
 _CENTRED = (OPTYPE.BN, OPTYPE.IN)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
+from itertools import count
 from typing import Any
 
 import torch_pruning  # type: ignore[import-untyped]
@@ -15,10 +17,13 @@ MODULE_OPERATIONS = (nn.MultiheadAttention, nn.RNNBase)
 """Modules that are one operation for torch-pruning, and several for autograd."""
 
 _MIXING = re.compile(
-    "Mm|Bmm|Mv|Dot|Linear|Bilinear|ScaledDot|Attention|Convolution|Pixel|Shuffle|CopySlices|Fft"
+    "Mm|Bmm|Mv|Dot|(?<!Upsample)(Linear|Bilinear)|ScaledDot|Attention|Convolution|Pixel|Shuffle|"
+    "CopySlices|Fft"
 )
-
-_REDUCING = re.compile("Mean|Max|Min|Amax|Amin|Median|Prod|Var|Std")
+_ALONG_AXES = re.compile(
+    "Flip|Roll|Cumsum|Cumprod|Softmax|LogSoftmax|Index|Gather|Sort|ConstantPad"
+)
+"""They move or mix what lies along an axis, and leave the other axes as they are."""
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -69,16 +74,26 @@ class Watch:
             self.activations.setdefault(returned.grad_fn, module)
 
 
+def mixes_channels(node: Any) -> bool:
+    """Does an operation outside of modules make each channel of several, as a product does?"""
+    return bool(_MIXING.search(type(node.grad_fn).__name__))
+
+
 def operation_obstacle(node: Any, width: int) -> str:
     """Why an operation outside of modules might mix ``width`` channels."""
     kind = type(node.grad_fn).__name__
-    if _MIXING.search(kind):
+    if mixes_channels(node):
         return f"its channels are mixed by {kind}: {HEAD}"
-    shape = _shape(node.grad_fn)
+    shape = shape_after(node.grad_fn)
     if node.type == OPTYPE.RESHAPE and shape is not None:
         before = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", shape))
         if not _keeps_channels(before, shape, width):
             return f"a reshape from {before} to {shape} mixes its channels with heads: {HEAD}"
+    if _ALONG_AXES.match(kind) and shape is not None:
+        axes, before = _axes(node.grad_fn, shape)
+        fitting = [axis for axis in (1, len(shape) - 1) if before[axis : axis + 1] == (width,)]
+        if (fitting or [2 if len(shape) == 3 else 1])[0] in axes:
+            return f"its channels may be moved or mixed by {kind}"
     unmapped = all(x.index_mapping == [None, None] for x in node.dependencies)
     if node.type in (OPTYPE.CONCAT, OPTYPE.SPLIT) and unmapped and shape is not None:
         axis = getattr(node.grad_fn, "_saved_dim", 1)
@@ -88,27 +103,38 @@ def operation_obstacle(node: Any, width: int) -> str:
     return ""
 
 
-def removal_obstacle(node: Any, width: int) -> str:
-    """Why ``width`` channels cannot get fewer where they pass an operation, even if zero."""
-    operation = node.grad_fn
-    kind = type(operation).__name__
-    mappings = [mapping for x in node.dependencies for mapping in x.index_mapping]
-    if node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and any(x is not None for x in mappings):
-        return f"{kind} takes channels by their number"
-    if _REDUCING.match(kind) and hasattr(operation, "_saved_dim"):
-        before = getattr(operation, "_saved_self_sym_sizes", None)
-        before = operation._saved_self.shape if before is None else before
-        saved = operation._saved_dim
-        axes = [
-            x - 2**64 if x >= 2**63 else x for x in (saved if isinstance(saved, tuple) else [saved])
-        ]
-        channels = 1 if len(before) > 1 and before[1] == width else len(before) - 1
-        if before[channels] == width and channels in [axis % len(before) for axis in axes]:
-            return f"{kind} is taken over all channels"
-    return ""
+def flatten_obstacle(node: Any, positions: dict[int, int]) -> str:
+    """Why a reshape to a matrix lays the channels elsewhere than at ``positions``, in runs."""
+    before = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+    after = shape_after(node.grad_fn) or ()
+    if node.type != OPTYPE.RESHAPE or len(before) < 3 or len(after) != 2 or before[0] != after[0]:
+        return ""
+    first = min(positions)
+    run = next(n for n in count(1) if positions.get(first + n) != positions[first])
+    if run == math.prod(before[2:]):
+        return ""
+    return f"a reshape from {before} to {after}, in which its channels are not the second axis"
 
 
-def _shape(operation: Any) -> tuple[int, ...] | None:
+def _axes(operation: Any, shape: tuple[int, ...]) -> tuple[list[int], tuple[int, ...]]:
+    """The axes that an operation works along, and the shape before padding."""
+    if hasattr(operation, "_saved_indices"):
+        indices = operation._saved_indices
+        return [axis for axis, index in enumerate(indices) if index is not None], shape
+    if hasattr(operation, "_saved_pad"):  # two numbers for each axis, from the last one on
+        pads = operation._saved_pad
+        added = [0] * (len(shape) - len(pads) // 2)
+        added += [pads[i] + pads[i + 1] for i in reversed(range(0, len(pads), 2))]
+        before = tuple(size - more for size, more in zip(shape, added, strict=True))
+        return [axis for axis, more in enumerate(added) if more], before
+    saved = getattr(operation, "_saved_dims", getattr(operation, "_saved_dim", ()))
+    saved = saved if isinstance(saved, tuple) else (saved,)
+    # Negative axes are saved as unsigned numbers.
+    return [(x - 2**64 if x >= 2**63 else x) % len(shape) for x in saved], shape
+
+
+def shape_after(operation: Any) -> tuple[int, ...] | None:
+    """Shape of what an operation returns; None where it does not say."""
     metadata = getattr(operation, "_input_metadata", None)
     return tuple(int(size) for size in metadata[0].shape) if metadata else None
 

@@ -6,10 +6,10 @@ from collections.abc import Collection, Iterable
 
 from torch import nn
 
+from lightning_wgsef.groupings.channel_slices import parameter_axis
 from lightning_wgsef.groupings.graph import Graph, Side, Tied
 from lightning_wgsef.groupings.operations import OPTYPE
 from lightning_wgsef.groupings.removal_plan import RemovalPlan
-from lightning_wgsef.groupings.structure import parameter_axis
 
 _NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
 # Types of nodes that produce and read the same channels: the sizes of their modules.

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name
+from lightning_wgsef.slim_modules import Skip, SlimAttention
 
 Size = int | tuple[int, ...]
 
@@ -20,6 +22,9 @@ class RemovalPlan:
     Attributes:
         kept: indices that stay, by name of the parameter or buffer and by axis.
         sizes: new values of attributes, by name of the module.
+        heads: heads that stay, by name of an `nn.MultiheadAttention`.
+        biases: names of layers that get a bias which they did not have.
+        skipped: names of residual blocks of which only the shortcut stays.
 
     >>> plan = RemovalPlan()
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
@@ -34,6 +39,13 @@ class RemovalPlan:
 
     kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
     sizes: dict[str, dict[str, Size]] = field(default_factory=dict)
+    heads: dict[str, list[int]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Is there anything to take out?"""
+        return bool(self.kept or self.skipped)
 
     def remove(
         self, name: str, module: nn.Module, tensor: str, axis: int, positions: Iterable[int]
@@ -63,7 +75,20 @@ class RemovalPlan:
         The parameters stay the same objects, so that ties, hooks, flags and an optimizer's
         references survive; gradients are dropped.
         """
+        for name in self.skipped:
+            _put(model, name, Skip())
         modules, done = _modules(model), set[int]()
+        for name, heads in self.heads.items():
+            attention = modules[name]
+            assert isinstance(attention, nn.MultiheadAttention)
+            SlimAttention.of(attention, heads)
+        for module in modules.values():
+            if isinstance(module, nn.TransformerEncoder) and self.heads:
+                module.use_nested_tensor = False  # nested tensors take all heads for granted
+        for name in self.biases:
+            layer: Any = modules[name]
+            outputs = WeightedLayer(name, layer).outputs
+            layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
         for name, axes in self.kept.items():
             path, _, tensor = name.rpartition(".")
             value = getattr(modules[path], tensor)
@@ -82,6 +107,15 @@ class RemovalPlan:
         for path, sizes in self.sizes.items():
             for attribute, size in sizes.items():
                 setattr(modules[path], attribute, size)
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace every module of this canonical name, wrapped or not."""
+    own = _modules(model)[name]
+    for parent in list(model.modules()):
+        for child, value in list(parent.named_children()):
+            if value is own:
+                setattr(parent, child, module)
 
 
 def _modules(model: nn.Module) -> dict[str, nn.Module]:

@@ -10,13 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.example_runs import model_copy, run_example
+from lightning_wgsef.groupings.comparison import difference, layer_outputs
+from lightning_wgsef.groupings.example_runs import model_copy
 from lightning_wgsef.groupings.graph import build_graph
-from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name, weighted_layers
+from lightning_wgsef.groupings.layers import canonical_name
 from lightning_wgsef.groupings.leaks import Removable, as_channels, cause_of_leak
-from lightning_wgsef.groupings.operations import tensors
 from lightning_wgsef.groupings.removal import channel_removal
-from lightning_wgsef.groupings.removal_plan import RemovalPlan
 from lightning_wgsef.groups import Groups
 
 BY_CONSTRUCTION = ("channel", "head", "hidden", "layer")
@@ -124,45 +123,15 @@ class _Trial:
             removals.append((x.tied, x.bundles(dead)))
         plan = channel_removal(self.graph, removals)
         plan.apply(slim)
-        expected = self._activations(zeroed, plan)
+        expected = layer_outputs(zeroed, self.example_input, plan)
         try:
-            outputs = self._activations(slim)
+            outputs = layer_outputs(slim, self.example_input)
         except ValueError as error:
             return f"the network does not run without them: {error.__cause__}"
-        if len(outputs) == len(expected) and all(map(_close, outputs, expected)):
+        if not difference(outputs, expected, TOLERANCE):
             return ""
         causes = [cause_of_leak(self.graph, x) for x in found]
         return causes[0] or "the outputs change when zero groups are taken out"
-
-    def _activations(self, network: nn.Module, plan: RemovalPlan | None = None) -> list[Tensor]:
-        """What all layers and the network return, without the channels that a plan takes out.
-
-        The outputs alone would not do: behind many layers a leak may be too weak to be seen.
-        """
-        seen: list[Tensor] = []
-
-        def note(layer: WeightedLayer, output: Tensor) -> None:
-            across = layer.transposed and layer.split == 1
-            kept = plan.kept.get(layer.path("weight"), {}).get(int(across)) if plan else None
-            if kept is not None:
-                axis = 1 - layer.weight.dim()  # -1 for dense layers, -3 for images
-                output = output.index_select(axis, torch.tensor(kept, device=output.device))
-            seen.append(output)
-
-        hooks = [
-            layer.module.register_forward_hook(lambda *given, own=layer: note(own, given[-1]))
-            for layer in weighted_layers(network)
-        ]
-        outputs = tensors(run_example(network, self.example_input))
-        for hook in hooks:
-            hook.remove()
-        return seen + outputs
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    return not one.numel() or bool((one - other).abs().max() <= TOLERANCE * other.abs().max())
 
 
 def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:

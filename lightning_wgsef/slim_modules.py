@@ -1,0 +1,136 @@
+"""Modules that stand in a slim network for those that cannot be made smaller themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class Skip(nn.Module):
+    """Hands its first input on: what is left of a residual block that adds nothing.
+
+    >>> Skip()(torch.ones(2), "a mask").tolist()
+    [1.0, 1.0]
+    """
+
+    def forward(self, inputs: Any, *_: Any, **__: Any) -> Any:
+        """Returns the first input."""
+        return inputs
+
+
+class SlimAttention(nn.MultiheadAttention):
+    """`nn.MultiheadAttention` without some of its heads, of the same width outside.
+
+    Its parameters have the names they had, and rows and columns of the kept heads alone. A mask for
+    every head must have all the heads of before, so that nobody else has to change; weights that
+    are returned are those of the kept heads.
+
+    >>> attention = nn.MultiheadAttention(8, 4, batch_first=True)
+    >>> for p in (attention.in_proj_weight, attention.in_proj_bias):
+    ...     p.data = p.data[[0, 1, 8, 9, 16, 17]]
+    >>> attention.out_proj.weight.data = attention.out_proj.weight.data[:, :2]
+    >>> attention = SlimAttention.of(attention, kept=[0])
+    >>> attention(*[torch.ones(1, 5, 8)] * 3)[0].shape
+    torch.Size([1, 5, 8])
+    """
+
+    full_heads: int
+    kept_heads: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: nn.MultiheadAttention, kept: list[int]) -> SlimAttention:
+        """Turn a module into one that has these of its heads.
+
+        It stays the same object, so that hooks and whoever else holds it stay with it.
+        """
+        before = tuple(range(module.num_heads))
+        module.__class__ = cls
+        assert isinstance(module, cls)
+        module.full_heads = getattr(module, "full_heads", module.num_heads)
+        heads = getattr(module, "kept_heads", before)
+        module.kept_heads = tuple(heads[number] for number in kept)
+        module.num_heads = len(kept)
+        module._qkv_same_embed_dim = False  # no fast path, which takes all heads for granted
+        return module
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `nn.MultiheadAttention`; ``is_causal`` is a hint there, and not needed here."""
+        batched = query.dim() == 3
+        if not batched:
+            query, key, value = (x.unsqueeze(0) for x in (query, key, value))
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        elif not self.batch_first:
+            query, key, value = (x.transpose(0, 1) for x in (query, key, value))
+        queries, keys, values = self._projected(query, key, value)
+        mask = self._mask(attn_mask, key_padding_mask, len(query), keys.shape[2], queries)
+        if need_weights:
+            looks = queries @ keys.transpose(2, 3) * self.head_dim**-0.5
+            weights = (looks if mask is None else looks + mask).softmax(-1)
+            weights = functional.dropout(weights, self.dropout, self.training)
+            mixed = weights @ values
+        else:
+            dropout = self.dropout if self.training else 0.0
+            mixed = functional.scaled_dot_product_attention(queries, keys, values, mask, dropout)
+        output = self.out_proj(mixed.transpose(1, 2).flatten(2))
+        if not batched:
+            output = output[0]
+        elif not self.batch_first:
+            output = output.transpose(0, 1)
+        if not need_weights:
+            return output, None
+        weights = weights.mean(1) if average_attn_weights else weights
+        return output, weights if batched else weights[0]
+
+    def _projected(self, *inputs: Tensor) -> list[Tensor]:
+        """Queries, keys and values, of shape (batch, heads, length, width of a head)."""
+        width = self.num_heads * self.head_dim
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
+        else:
+            weights = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        bias = self.in_proj_bias
+        biases = [None] * 3 if bias is None else bias.chunk(3)
+        found: list[Tensor] = []
+        for x, weight, own, extra in zip(
+            inputs, weights, biases, (None, self.bias_k, self.bias_v), strict=True
+        ):
+            projected = functional.linear(x, weight, own)
+            more = [] if extra is None else [extra.expand(len(x), 1, width)]
+            if self.add_zero_attn and len(found) > 0:
+                more.append(projected.new_zeros(len(x), 1, width))
+            projected = torch.cat([projected, *more], 1)
+            heads = projected.view(len(x), -1, self.num_heads, self.head_dim)
+            found.append(heads.transpose(1, 2))
+        return found
+
+    def _mask(
+        self, mask: Tensor | None, padding: Tensor | None, batch: int, length: int, like: Tensor
+    ) -> Tensor | None:
+        """Both masks as numbers to add, for as many keys as there are with the extra ones."""
+        parts = []
+        if mask is not None:
+            if mask.dim() == 3:
+                mask = mask.view(batch, self.full_heads, *mask.shape[1:])[:, list(self.kept_heads)]
+            parts.append(mask)
+        if padding is not None:
+            parts.append(padding[:, None, None, :])
+        total: Tensor | None = None
+        for part in parts:
+            if part.dtype == torch.bool:
+                part = torch.zeros_like(part, dtype=like.dtype).masked_fill_(part, -torch.inf)
+            part = functional.pad(part.to(like.dtype), (0, length - part.shape[-1]))
+            total = part if total is None else total + part
+        return total
