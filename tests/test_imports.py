@@ -49,7 +49,7 @@ FLOORS = {
     "groupings.filters": (1, 1),
     "groupings.layer_budgets": (1, 2),
     "groupings.example_runs": (1, 0),
-    "groupings.branches": (1, 1),
+    "groupings.branches": (1, 2),
     "groupings.filter_shapes": (1, 1),
     "groupings.n_of_m": (1, 1),
     "groupings.tiles": (1, 1),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.grouped_layer import GroupedLayer
+from lightning_wgsef.groupings.attention import dense_layers
 from lightning_wgsef.groupings.example_runs import run_example
 from lightning_wgsef.groupings.layers import canonical_name, weighted_layers
 from lightning_wgsef.groups import Groups
@@ -47,9 +48,9 @@ def branch_groups(model: nn.Module, example_input: Any) -> Groups:
     names = residual_blocks(model, example_input)
     numbers = {name: number for number, name in enumerate(names)}
     left_out = {
-        layer.name: _OUTSIDE
-        for layer in weighted_layers(model)
-        if not any(layer.name == name or layer.name.startswith(f"{name}.") for name in names)
+        layer: _OUTSIDE
+        for layer in _layer_names(model)
+        if not any(layer == name or layer.startswith(f"{name}.") for name in names)
     }
     if not names:
         return Groups([], left_out)
@@ -80,7 +81,7 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
     """
     twin = copy.deepcopy(model).eval()
     _stir_statistics(twin)
-    weighted = {canonical_name(layer.name) for layer in weighted_layers(twin)}
+    weighted = _layer_names(twin)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     modules = {canonical_name(name): module for name, module in twin.named_modules() if name}
 
@@ -107,6 +108,12 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
             if _is_identity(modules[name], *calls[name]):
                 found.append(name)
     return [name for name in modules if name in found]
+
+
+def _layer_names(model: nn.Module) -> list[str]:
+    """All convolutions and dense layers, those of transformers' own kind included."""
+    layers = [*weighted_layers(model), *dense_layers(model).values()]
+    return list(dict.fromkeys(layer.name for layer in layers))
 
 
 def _stir_statistics(model: nn.Module) -> None:

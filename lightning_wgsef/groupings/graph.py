@@ -185,7 +185,8 @@ class Graph:
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"tied to '{name}', a LayerNorm over more than the channels"
         if width is not None and max(positions) >= width:
-            return f"tied to '{name or node.type.name.lower()}' of another width, {width}"
+            place = name or node.type.name.lower()
+            return f"a split mixes its channels with heads, or does not fit '{place}': {HEAD}"
         if name or node.grad_fn in self.inside:
             return ""
         return flatten_obstacle(node, positions) or operation_obstacle(node, max(positions) + 1)
@@ -268,7 +269,7 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
         except Exception as error:
             raise ValueError(
                 f"torch-pruning cannot follow {type(model).__name__}: {type(error).__name__}: "
-                f"{error}; group it with 'filter' or 'channel', which need no graph"
+                f"{error}; 'filter', 'channel', 'head' and 'hidden' need no graph"
             ) from error
     ends = {output.grad_fn for output in outputs}
     returned = {node for node in engine.module2node.values() if node.grad_fn in ends}

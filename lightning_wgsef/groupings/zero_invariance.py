@@ -147,9 +147,11 @@ def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:
 def _stir(network: nn.Module, generator: torch.Generator) -> None:
     """Random biases, scales and statistics; tensors that are all zero become random, too.
 
-    All of these are positive: a leak that is negative would stop at the next ReLU.
+    With their signs, what is left of a zero channel is positive: a ReLU would hide the rest.
     """
-    for tensor in [*network.parameters(), *network.buffers()]:
+    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
         if tensor.is_floating_point() and (tensor.dim() == 1 or not tensor.any()):
             noise = torch.randn(tensor.shape, generator=generator).abs().add_(0.1)
+            if name.endswith("running_mean"):
+                noise.neg_()
             tensor.copy_(noise if tensor.dim() == 1 else noise / 10)
