@@ -1,4 +1,4 @@
-"""ResNet18 on Fashion-MNIST to 30 % of its groups, by three groupings.
+"""ResNet18 on Fashion-MNIST to 30 % of its groups, by three groupings, and with one budget for all.
 
     python -m examples.resnet18_structure --data-dir ../shared/data/fashion-mnist
 
@@ -32,6 +32,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "channel": {"grouping": "channel", "scope": "layer"},
     "structure, a budget a set": {"grouping": "structure", "scope": "layer"},
     "structure, one budget": {"grouping": "structure", "scope": "global"},
+    "structure, one budget by size": {
+        "grouping": "structure",
+        "scope": "global",
+        "weights": "size",
+    },
 }
 
 

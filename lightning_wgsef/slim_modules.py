@@ -16,9 +16,9 @@ class Skip(nn.Module):
     [1.0, 1.0]
     """
 
-    def forward(self, inputs: Any, *_: Any, **__: Any) -> Any:
-        """Returns the first input."""
-        return inputs
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Returns the first input that is a tensor."""
+        return next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
 
 
 class SlimAttention(nn.MultiheadAttention):

@@ -180,3 +180,4 @@ def test_a_whole_module_keeps_one_head():
 def test_skip():
     x = torch.ones(2)
     assert Skip()(x, torch.zeros(1), mask=None) is x
+    assert Skip()(mask=None, inputs=x) is x

@@ -80,7 +80,7 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
         ValueError: the forward pass fails.
     """
     twin = copy.deepcopy(model).eval()
-    _stir_statistics(twin)
+    _stir(twin)
     weighted = _layer_names(twin)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     modules = {canonical_name(name): module for name, module in twin.named_modules() if name}
@@ -112,16 +112,20 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
 
 def _layer_names(model: nn.Module) -> list[str]:
     """All convolutions and dense layers, those of transformers' own kind included."""
-    layers = [*weighted_layers(model), *dense_layers(model).values()]
-    return list(dict.fromkeys(layer.name for layer in layers))
+    names = [layer.name for layer in weighted_layers(model)]
+    return list(dict.fromkeys(names + [layer.name for layer in dense_layers(model).values()]))
 
 
-def _stir_statistics(model: nn.Module) -> None:
-    """A fresh norm's running mean is zero: then even one without scale and shift gives zero."""
+def _stir(model: nn.Module) -> None:
+    """Give random values to what is zero, and would let parts of a block pass for a block.
+
+    That are running means, without which even a norm without scale and shift gives zero, and
+    parameters that are all zero, as pruned or fresh networks have them.
+    """
     generator = torch.Generator().manual_seed(0)
-    for name, buffer in model.named_buffers():
-        if name.endswith("running_mean"):
-            buffer += torch.randn(buffer.shape, generator=generator).to(buffer)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name.endswith("running_mean") or (tensor.is_floating_point() and not tensor.any()):
+            tensor.detach().add_(torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
 def _alone(model: nn.Module, block: nn.Module) -> bool:

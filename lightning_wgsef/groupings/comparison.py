@@ -78,10 +78,25 @@ def difference(
     return ""
 
 
+def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """The largest difference of outputs, as a share of the largest output, or of 1.
+
+    >>> largest_difference([torch.ones(2)], [torch.tensor([1.0, 4.0])])
+    0.75
+    """
+    if [x.shape for x in found] != [x.shape for x in expected]:
+        return float("inf")
+    shares = [_share(one, other) for one, other in zip(found, expected, strict=True)]
+    return max(shares, default=0.0)
+
+
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    if one.shape != other.shape:
-        return False
+    return one.shape == other.shape and _share(one, other) <= tolerance
+
+
+def _share(one: Tensor, other: Tensor) -> float:
     if not one.numel() or torch.equal(one, other):
-        return True
+        return 0.0
     largest = max(1.0, float(other.abs().max()))
-    return bool((one - other).abs().max() <= tolerance * largest)
+    share = float((one - other).abs().max()) / largest
+    return share if share == share else float("inf")  # NaN

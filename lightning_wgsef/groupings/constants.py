@@ -15,17 +15,17 @@ def constants(
     network: nn.Module,
     modules: Mapping[str, nn.Module],
     places: Mapping[str, Sequence[int]],
-    examples: Iterable[Any],
+    examples: Iterable[tuple[bool, Any]],
 ) -> dict[str, Tensor]:
     """What layers read at some of their input channels, where that is the same everywhere.
 
-    Seen in evaluation and in training mode, on every example, at every position.
+    Seen on every example, at every position.
 
     Args:
         network: a network that may be run in any mode: a copy.
         modules: its modules by name.
         places: input channels, by name of the layer that reads them.
-        examples: inputs, as `run_example` takes them.
+        examples: whether to train, and inputs, as `run_example` takes them.
 
     Returns:
         The constant of every channel, by name of the layer; NaN where it varies or is never read.
@@ -33,7 +33,7 @@ def constants(
     >>> network = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid(), nn.Linear(3, 1))
     >>> _ = network[0].weight.data[0].zero_(), network[0].bias.data.zero_()
     >>> places = {"2": [0, 1]}
-    >>> constants(network, dict(network.named_modules()), places, [torch.randn(4, 2)])
+    >>> constants(network, dict(network.named_modules()), places, [(False, torch.randn(4, 2))])
     {'2': tensor([0.5000,    nan])}
     """
     found: dict[str, Tensor] = {}
@@ -55,10 +55,9 @@ def constants(
     ]
     try:
         with torch.no_grad(), torch.random.fork_rng([]):
-            for example in examples:
-                for mode in (False, True):
-                    network.train(mode)
-                    run_example(network, example)
+            for mode, example in examples:
+                network.train(mode)
+                run_example(network, example)
     finally:
         for hook in hooks:
             hook.remove()

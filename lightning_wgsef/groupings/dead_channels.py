@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from lightning_wgsef.groupings.channel_sets import ChannelSet, channel_sets
 from lightning_wgsef.groupings.channel_slices import PRODUCERS, slices
 from lightning_wgsef.groupings.constants import constants, fold
 from lightning_wgsef.groupings.graph import Graph
-from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.layers import canonical_name, weighted_layers
 from lightning_wgsef.groupings.operations import OPTYPE
 
 
@@ -45,7 +45,7 @@ class _Reader:
 
 
 def dead_channels(
-    graph: Graph, network: nn.Module, examples: list[Any]
+    graph: Graph, network: nn.Module, examples: Sequence[tuple[bool, Any]]
 ) -> tuple[list[DeadChannels], dict[str, str]]:
     """Find the channels that nothing reads, or that are zero whatever the input is.
 
@@ -56,20 +56,21 @@ def dead_channels(
     Args:
         graph: the graph of ``network``; its own model is run, in both modes.
         network: its weights and biases change where a constant is folded.
-        examples: inputs to see the constants on.
+        examples: inputs to see the constants on, and whether in training mode.
 
     Returns:
         The channels, and for layers whose zero channels have to stay, the reason.
     """
-    modules = {name: module for module, name in graph.names.items()}
+    modules: dict[str, Any] = {name: module for module, name in graph.names.items()}
     own = {canonical_name(name): module for name, module in network.named_modules()}
     sets, kept = [], {}
     for found in channel_sets(graph):
-        silent = _input_free(graph, found)
         if found.obstacle or found.is_output:
-            if silent and found.obstacle:
+            filters = _any_along(modules[found.name].weight, 0)
+            if found.obstacle and not bool(filters.all()):
                 kept[found.name] = found.obstacle
             continue
+        silent = _input_free(graph, found)
         readers = list(_readers(graph, found))
         if readers:
             sets.append((found, readers, silent))
@@ -99,6 +100,21 @@ def dead_channels(
         if gone:
             dead.append(DeadChannels(found, gone))
     return dead, kept
+
+
+def has_zero_channels(network: nn.Module) -> bool:
+    """Has any layer a filter of zeros, or an input channel that it does not read?
+
+    >>> layer = nn.Linear(2, 2)
+    >>> has_zero_channels(layer), layer.weight.data[:, 1].zero_(), has_zero_channels(layer)
+    (False, tensor([0., 0.]), True)
+    """
+    return any(
+        not bool(_any_along(layer.weight, axis).all())
+        for layer in weighted_layers(network)
+        for axis in (0, 1)
+        if not layer.problem
+    )
 
 
 def _input_free(graph: Graph, found: ChannelSet) -> set[int]:

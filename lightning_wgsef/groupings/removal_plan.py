@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name
 from lightning_wgsef.slim_modules import Skip, SlimAttention
@@ -45,7 +46,7 @@ class RemovalPlan:
 
     def __bool__(self) -> bool:
         """Is there anything to take out?"""
-        return bool(self.kept or self.skipped)
+        return bool(self.kept or self.skipped or self.biases)
 
     def remove(
         self, name: str, module: nn.Module, tensor: str, axis: int, positions: Iterable[int]
@@ -69,44 +70,95 @@ class RemovalPlan:
             value - less if isinstance(value, int) else (*value[:-1], value[-1] - less)
         )
 
-    def apply(self, model: nn.Module) -> None:
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Make ``model`` smaller, in place.
 
         The parameters stay the same objects, so that ties, hooks, flags and an optimizer's
         references survive; gradients are dropped.
+
+        Args:
+            model: the network that the plan is of.
+            optimizer: its state is cut as the parameters are; see `check_optimizer`.
         """
+        gone = [p for name in self.skipped for p in _modules(model)[name].parameters()]
         for name in self.skipped:
             _put(model, name, Skip())
+        if optimizer is not None:
+            _forget(optimizer, gone)
         modules, done = _modules(model), set[int]()
         for name, heads in self.heads.items():
             attention = modules[name]
             assert isinstance(attention, nn.MultiheadAttention)
             SlimAttention.of(attention, heads)
+        for name in self.biases:
+            _add_bias(modules[name], optimizer)
         for module in modules.values():
             if isinstance(module, nn.TransformerEncoder) and self.heads:
                 module.use_nested_tensor = False  # nested tensors take all heads for granted
-        for name in self.biases:
-            layer: Any = modules[name]
-            outputs = WeightedLayer(name, layer).outputs
-            layer.bias = nn.Parameter(layer.weight.new_zeros(outputs))
         for name, axes in self.kept.items():
             path, _, tensor = name.rpartition(".")
             value = getattr(modules[path], tensor)
             if id(value) in done:
                 continue  # tied: cut under its other name
-            smaller = value.detach()
-            for axis, kept in axes.items():
-                index = torch.tensor(kept, dtype=torch.long, device=value.device)
-                smaller = smaller.index_select(axis, index)
             if isinstance(value, nn.Parameter):
+                state = {} if optimizer is None else optimizer.state.get(value, {})
+                for key, entry in state.items():
+                    if isinstance(entry, Tensor) and entry.shape == value.shape:
+                        state[key] = _cut(entry, axes)
                 value.grad = None
-                value.data = smaller
+                value.data = _cut(value.detach(), axes)
                 done.add(id(value))
             else:
-                setattr(modules[path], tensor, smaller)
+                setattr(modules[path], tensor, _cut(value, axes))
         for path, sizes in self.sizes.items():
             for attribute, size in sizes.items():
                 setattr(modules[path], attribute, size)
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise `ValueError` unless the optimizer's state can be cut with the parameters.
+
+    Every entry must be shaped like its parameter, or be a number.
+
+    >>> model = nn.Linear(2, 1)
+    >>> check_optimizer(model, torch.optim.Adam(model.parameters()))
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for key, entry in state.items():
+            whole = not isinstance(entry, Tensor) or entry.shape == parameter.shape
+            if not whole and entry.numel() > 1:
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape "
+                    f"{tuple(entry.shape)} for '{names.get(id(parameter))}' of shape "
+                    f"{tuple(parameter.shape)}; only what is shaped like the parameter can be cut"
+                )
+
+
+def _add_bias(layer: Any, optimizer: Optimizer | None) -> None:
+    """Give a layer a bias of zeros; it is trained as the weight is."""
+    layer.bias = nn.Parameter(
+        layer.weight.new_zeros(WeightedLayer("", layer).outputs),
+        requires_grad=layer.weight.requires_grad,
+    )
+    for group in optimizer.param_groups if optimizer is not None else ():
+        if any(parameter is layer.weight for parameter in group["params"]):
+            group["params"].append(layer.bias)
+
+
+def _cut(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:
+    for axis, kept in axes.items():
+        index = torch.tensor(kept, dtype=torch.long, device=tensor.device)
+        tensor = tensor.index_select(axis, index)
+    return tensor
+
+
+def _forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    gone = {id(parameter) for parameter in parameters}
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -1,0 +1,151 @@
+"""A slim network as one file, and back, without a class of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.removal_plan import RemovalPlan
+from lightning_wgsef.slimming import Slimming
+from lightning_wgsef.whole_files import whole_file
+
+_FORMAT = "lightning_wgsef slim network, version 1"
+
+
+def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a network that `slim` made: its weights, and what was taken out where.
+
+    One file in the safetensors format: the state_dict, and in its header as JSON the indices that
+    stay, so that `load_slim` can rebuild the network from the class it had before.
+
+    Args:
+        model: a network with ``slimming``, as `slim` returns it.
+        path: the file; it appears when it is complete.
+
+    Raises:
+        ValueError: no such network, or a path that cannot be written.
+    """
+    record = getattr(model, "slimming", None)
+    if not isinstance(record, Slimming):
+        raise ValueError(
+            f"model must be what slim returned: {type(model).__name__} has no 'slimming'"
+        )
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for raw, value in model.state_dict(keep_vars=True).items():
+        name = canonical_name(raw)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state_dict: {name!r} is a {type(value).__name__}, not a tensor")
+        if id(value) in first:
+            tied[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            tensors[name] = value.detach().contiguous().cpu()
+    header = {
+        "format": _FORMAT,
+        "model": type(model).__name__,
+        "plans": json.dumps([asdict(plan) for plan in record.plans]),
+        "tied": json.dumps(tied),
+    }
+    with whole_file(path) as temporary:
+        save_file(tensors, temporary, header)
+
+
+def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a network that `save_slim` wrote.
+
+    Nothing in the file is executed: it holds numbers and JSON.
+
+    Args:
+        path: the file.
+        make_model: makes the network as it was before `slim`, such as its class; its weights do not
+            matter.
+
+    Returns:
+        The slim network, on the CPU, in evaluation mode.
+
+    Raises:
+        ValueError: the file is missing, truncated, or of another kind, or ``make_model`` makes
+            another network than the one that was made smaller.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from lightning_wgsef.slimming import slim
+    >>> def make():
+    ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> network = make()
+    >>> _ = network[2].weight.data[:, 3:].zero_()
+    >>> small = slim(network, torch.ones(1, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_slim(small, f"{folder}/small.safetensors")
+    ...     again = load_slim(f"{folder}/small.safetensors", make)
+    >>> again[0].out_features, torch.equal(again(torch.ones(1, 4)), small(torch.ones(1, 4)))
+    (3, True)
+    """
+    header, tensors = _read(Path(path))
+    plans = [_plan(values) for values in json.loads(header["plans"])]
+    tied: dict[str, str] = json.loads(header["tied"])
+    model = make_model()
+    model = getattr(model, "_orig_mod", model)
+    made = f"make_model makes another network than the {header['model']} in {path}"
+    try:
+        for plan in plans:
+            plan.apply(model)
+    except (IndexError, KeyError, AttributeError) as error:
+        raise ValueError(f"{made}: {type(error).__name__}: {error}") from error
+    own = {canonical_name(name): name for name in model.state_dict()}
+    state = {name: tensors[tied.get(name, name)] for name in own if tied.get(name, name) in tensors}
+    missing, foreign = own.keys() - state.keys(), (tensors.keys() | tied.keys()) - own.keys()
+    if missing or foreign:
+        raise ValueError(f"{made}: missing {sorted(missing)}, not known {sorted(foreign)}")
+    for name, raw in own.items():
+        shape = model.state_dict()[raw].shape
+        if shape != state[name].shape:
+            raise ValueError(
+                f"{made}: {name!r} has shape {tuple(shape)}, the file has "
+                f"{tuple(state[name].shape)}"
+            )
+    model.load_state_dict({own[name]: value for name, value in state.items()})
+    model.slimming = Slimming(plans)
+    return model.eval()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"path: there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"path: {path} is truncated or no safetensors file: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"path: {path} must be a file of save_slim ({_FORMAT}), got {header.get('format')!r}"
+        )
+    return header, tensors
+
+
+def _plan(values: dict[str, Any]) -> RemovalPlan:
+    """A plan from JSON, in which keys are text and tuples are lists."""
+    kept = {
+        name: {int(axis): indices for axis, indices in axes.items()}
+        for name, axes in values.pop("kept").items()
+    }
+    sizes = {
+        module: {
+            name: tuple(size) if isinstance(size, list) else size for name, size in own.items()
+        }
+        for module, own in values.pop("sizes").items()
+    }
+    return RemovalPlan(kept=kept, sizes=sizes, **values)

@@ -1,0 +1,40 @@
+"""Files that are there whole, or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from uuid import uuid4
+
+
+@contextmanager
+def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name beside ``path``, which takes its place once the block has succeeded.
+
+    Raises:
+        ValueError: no file can be written there.
+
+    >>> with whole_file("missing/model.onnx"):
+    ...     pass
+    Traceback (most recent call last):
+    ...
+    ValueError: path must be a file that can be written, got 'missing/model.onnx': No such file or \
+directory
+    """
+    target = Path(path)
+    temporary = target.parent / f".{target.name}.{uuid4().hex}"
+    try:
+        if target.is_dir():
+            raise IsADirectoryError(None, "it is a directory")
+        temporary.touch(exist_ok=False)
+    except OSError as error:
+        raise ValueError(
+            f"path must be a file that can be written, got {str(target)!r}: {error.strerror}"
+        ) from error
+    try:
+        yield temporary
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
