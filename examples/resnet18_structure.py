@@ -1,4 +1,4 @@
-"""ResNet18 on Fashion-MNIST to 30 % of its groups, by three groupings, and with one budget for all.
+"""ResNet18 on Fashion-MNIST with 30 % of its groups: filters, channels, structure.
 
     python -m examples.resnet18_structure --data-dir ../shared/data/fashion-mnist
 
@@ -40,18 +40,27 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def run(setting: str, seed: int, folder: Path, batches: int = BATCHES) -> dict[str, Any]:
+def run(setting: str, seed: int, folder: Path) -> dict[str, Any]:
     """Train once; the record of the run."""
     pl.seed_everything(seed)
     data = FashionMNIST(folder, batch_size=128)
     data.prepare_data()
     data.setup()
     model = Classifier(ResNet18(channels=1))
+    record = {"setting": setting, "seed": seed, "epochs": EPOCHS, "batches": BATCHES}
+    record |= train(model, data, setting, EPOCHS, BATCHES)
+    return {**record, "accuracy": accuracy(model, data.test_dataloader())}
+
+
+def train(
+    model: Classifier, data: FashionMNIST, setting: str, epochs: int, batches: int
+) -> dict[str, Any]:
+    """Train a model in place; what is alive then."""
     arguments = {"k": 0.3, "example_input": EXAMPLE, **SETTINGS.get(setting, {})}
     callback = WGSEFCallback(**arguments)
     started = time.time()
     trainer = pl.Trainer(
-        max_epochs=EPOCHS,
+        max_epochs=epochs,
         callbacks=[] if setting == "dense" else [callback],
         limit_train_batches=batches,
         limit_val_batches=0,
@@ -62,9 +71,7 @@ def run(setting: str, seed: int, folder: Path, batches: int = BATCHES) -> dict[s
         enable_progress_bar=False,
     )
     trainer.fit(model, data)
-    seconds = round(time.time() - started, 1)
-    record = {"setting": setting, "seed": seed, "epochs": EPOCHS, "batches": batches}
-    record |= {"accuracy": accuracy(model, data.test_dataloader()), "seconds": seconds}
+    record: dict[str, Any] = {"seconds": round(time.time() - started, 1)}
     if setting != "dense":
         groups = group_parameters(model, **arguments)
         alive = groups.alive()

@@ -9,10 +9,13 @@ from lightning_wgsef.envelope import envelope_conjugate as envelope_conjugate
 from lightning_wgsef.envelope import envelope_value as envelope_value
 from lightning_wgsef.envelope import prox_multipliers as prox_multipliers
 from lightning_wgsef.envelope import sparsity_gap as sparsity_gap
+from lightning_wgsef.export import export_onnx as export_onnx
+from lightning_wgsef.export import export_program as export_program
 from lightning_wgsef.grouped_layer import GroupedLayer as GroupedLayer
 from lightning_wgsef.groupings.parameters import group_parameters as group_parameters
 from lightning_wgsef.groups import Groups as Groups
 from lightning_wgsef.half_space import HalfSpace as HalfSpace
+from lightning_wgsef.latency import measure_latency as measure_latency
 from lightning_wgsef.masks import masks_from_zeros as masks_from_zeros
 from lightning_wgsef.members import Member as Member
 from lightning_wgsef.metric import prox_metric as prox_metric
@@ -25,5 +28,10 @@ from lightning_wgsef.schedules import Constant as Constant
 from lightning_wgsef.schedules import CubicRamp as CubicRamp
 from lightning_wgsef.schedules import Homotopy as Homotopy
 from lightning_wgsef.schedules import Warmup as Warmup
+from lightning_wgsef.slim_files import load_slim as load_slim
+from lightning_wgsef.slim_files import save_slim as save_slim
+from lightning_wgsef.slimming import slim as slim
+from lightning_wgsef.sparse_storage import load_sparse as load_sparse
+from lightning_wgsef.sparse_storage import to_sparse as to_sparse
 
 __version__ = "0.1.0"

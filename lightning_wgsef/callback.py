@@ -26,6 +26,8 @@ from lightning_wgsef.schedules import (
     check_freeze,
     resolve_debias,
 )
+from lightning_wgsef.slim_files import write_slim
+from lightning_wgsef.whole_files import check_writable
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback, LightningModule, Trainer
@@ -77,6 +79,8 @@ class WGSEFCallback(Callback):
             a number of steps, a share of training, or None (never).
         masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
             for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
+        slim_to: where the network without its zero groups is written when the fit ends, as a file
+            of `save_slim`, with a report as JSON beside it; needs an example input.
         name: put into the logged names, and into the key of the saved state; needed for each of
             several callbacks in one Trainer.
 
@@ -111,6 +115,7 @@ class WGSEFCallback(Callback):
         half_space: float | HalfSpace | None = None,
         freeze: str | int | float | None = "converged",
         masks: str | Path | None = None,
+        slim_to: str | Path | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__()
@@ -142,6 +147,7 @@ class WGSEFCallback(Callback):
             "freeze": freeze,
             "masks": masks,
         }
+        self.slim_to = slim_to
         self.name = name
         self.regularizer: WGSEF | None = None
         self._state: Mapping[str, Any] = {}
@@ -179,9 +185,14 @@ class WGSEFCallback(Callback):
             self._state = {}
         elif earlier is not None and earlier.attachments:
             self._state = earlier.state_dict()  # a second fit goes on where the first one ended
-        arguments = dict(self.arguments)
-        if arguments["example_input"] is None:
-            arguments["example_input"] = getattr(pl_module, "example_input_array", None)
+        arguments = {**self.arguments, "example_input": self._example_input(pl_module)}
+        if self.slim_to is not None:
+            check_writable(self.slim_to)
+            if arguments["example_input"] is None:
+                raise ValueError(
+                    "slim_to needs an example_input: an argument of WGSEFCallback, or the module's "
+                    "example_input_array"
+                )
         if self._state and arguments["masks"] is not None:
             arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
         self.regularizer = WGSEF(pl_module, **arguments)
@@ -232,6 +243,21 @@ class WGSEFCallback(Callback):
                 "of training",
                 stacklevel=2,
             )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the network without its zero groups; training is not lost if that fails."""
+        if self.slim_to is None or not trainer.is_global_zero:
+            return
+        try:
+            report = write_slim(pl_module, self._example_input(pl_module), self.slim_to)
+        except ValueError as error:
+            warnings.warn(f"slim_to: nothing was written: {error}", stacklevel=2)
+        else:
+            trainer.print(f"{self.slim_to}\n{report}")
+
+    def _example_input(self, pl_module: LightningModule) -> Any:
+        given = self.arguments["example_input"]
+        return getattr(pl_module, "example_input_array", None) if given is None else given
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lightning_wgsef.groupings.layers import canonical_name
 from lightning_wgsef.groupings.removal_plan import RemovalPlan
-from lightning_wgsef.slimming import Slimming
+from lightning_wgsef.network_report import network_report
+from lightning_wgsef.slimming import Slimming, slim
 from lightning_wgsef.whole_files import whole_file
 
 _FORMAT = "lightning_wgsef slim network, version 1"
@@ -59,6 +60,27 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
     }
     with whole_file(path) as temporary:
         save_file(tensors, temporary, header)
+
+
+def write_slim(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> str:
+    """Make a network smaller, and write it and a report.
+
+    Args:
+        model: any module, with its zeros; it is not changed.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+        path: the file of `save_slim`; the report goes beside it, as JSON of the same name.
+
+    Returns:
+        What was taken out, and what both networks need, as text.
+
+    Raises:
+        ValueError: `slim` refuses, or a path that cannot be written.
+    """
+    small = slim(model, example_input)
+    report = network_report({"before": model, "slim": small}, example_input)
+    save_slim(small, path)
+    report.save_json(Path(path).with_suffix(".json"))
+    return f"{small.slimming}\n{report}"
 
 
 def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module]) -> nn.Module:

@@ -86,8 +86,8 @@ def slim(
         The network; its ``slimming`` says what was done.
 
     Raises:
-        ValueError: an example that does not fit, masks of another model, an optimizer whose state
-            cannot be cut, or outputs that differ; ``model`` is as it was then.
+        ValueError: low precision, an example that does not fit, masks of another model, an
+            optimizer whose state cannot be cut, or outputs that differ; ``model`` is as it was.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> _ = network[2].weight.data[:, :6].zero_()
@@ -97,6 +97,12 @@ def slim(
     """
     if optimizer is not None and not inplace:
         raise ValueError("optimizer needs inplace=True: it holds the parameters of model itself")
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model must be float32 or float64: '{name}' is {parameter.dtype}, too coarse to "
+                "prove that the outputs agree; take slim(model.float(), ..)"
+            )
     network = model_copy(model)
     modes = {canonical_name(name): module.training for name, module in network.named_modules()}
     _apply(network, masks)

@@ -16,8 +16,25 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ValueError: no file can be written there.
 
-    >>> with whole_file("missing/model.onnx"):
-    ...     pass
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with whole_file(f"{folder}/notes.txt") as temporary:
+    ...         _ = temporary.write_text("all of it")
+    ...     os.listdir(folder)
+    ['notes.txt']
+    """
+    temporary = check_writable(path)
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_writable(path: str | os.PathLike[str]) -> Path:
+    """Raise `ValueError` unless a file can be written at ``path``; returns a free name beside it.
+
+    >>> check_writable("missing/model.onnx")
     Traceback (most recent call last):
     ...
     ValueError: path must be a file that can be written, got 'missing/model.onnx': No such file or \
@@ -29,12 +46,9 @@ directory
         if target.is_dir():
             raise IsADirectoryError(None, "it is a directory")
         temporary.touch(exist_ok=False)
+        temporary.unlink()
     except OSError as error:
         raise ValueError(
             f"path must be a file that can be written, got {str(target)!r}: {error.strerror}"
         ) from error
-    try:
-        yield temporary
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    return temporary

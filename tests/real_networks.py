@@ -50,11 +50,13 @@ class LeNet5(nn.Module):
 class VGG16(nn.Module):
     """Simonyan and Zisserman, 2014, with BatchNorm, laid out as in torchvision."""
 
-    def __init__(self) -> None:
+    def __init__(
+        self, widths: tuple[int, ...] = (4, 6, 8, 10, 10), hidden: tuple[int, int] = (12, 10)
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         inputs = 3
-        for repeats, width in ((2, 4), (2, 6), (3, 8), (3, 10), (3, 10)):
+        for repeats, width in zip((2, 2, 3, 3, 3), widths, strict=True):
             for _ in range(repeats):
                 layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.BatchNorm2d(width), nn.ReLU()]
                 inputs = width
@@ -62,13 +64,13 @@ class VGG16(nn.Module):
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(2)
         self.classifier = nn.Sequential(
-            nn.Linear(inputs * 4, 12),
+            nn.Linear(inputs * 4, hidden[0]),
             nn.ReLU(),
             nn.Dropout(),
-            nn.Linear(12, 10),
+            nn.Linear(hidden[0], hidden[1]),
             nn.ReLU(),
             nn.Dropout(),
-            nn.Linear(10, CLASSES),
+            nn.Linear(hidden[1], CLASSES),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -132,12 +134,12 @@ def twice(inputs: int, width: int) -> nn.Sequential:
 class UNet(nn.Module):
     """Ronneberger et al., 2015, two levels deep, with padding and BatchNorm."""
 
-    def __init__(self) -> None:
+    def __init__(self, a: int = 4, b: int = 6, c: int = 8) -> None:
         super().__init__()
-        self.down1, self.down2, self.middle = twice(3, 4), twice(4, 6), twice(6, 8)
-        self.up2, self.join2 = nn.ConvTranspose2d(8, 6, 2, stride=2), twice(12, 6)
-        self.up1, self.join1 = nn.ConvTranspose2d(6, 4, 2, stride=2), twice(8, 4)
-        self.out = nn.Conv2d(4, 2, 1)
+        self.down1, self.down2, self.middle = twice(3, a), twice(a, b), twice(b, c)
+        self.up2, self.join2 = nn.ConvTranspose2d(c, b, 2, stride=2), twice(2 * b, b)
+        self.up1, self.join1 = nn.ConvTranspose2d(b, a, 2, stride=2), twice(2 * a, a)
+        self.out = nn.Conv2d(a, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
         first = self.down1(x)

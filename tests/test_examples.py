@@ -10,7 +10,16 @@ import pytest
 import torch
 from helpers import FASHION_MNIST, needs_fashion_mnist
 
-from examples import comparison, lenet_fashion_mnist, quickstart
+from examples import (
+    comparison,
+    fine_tune,
+    lenet_fashion_mnist,
+    quickstart,
+    resnet18_structure,
+)
+from examples.data import FashionMNIST
+from examples.networks import Classifier
+from examples.residual_networks import ResNet18
 
 
 def run(main, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,6 +48,45 @@ def test_quickstart(
     assert float(sparse) > 85  # chance is 10
     assert "tensorboard --logdir lightning_logs" in output
     assert list((tmp_path / "lightning_logs" / "quickstart-sparse").rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.filterwarnings("ignore:`weights_only` was not set")
+def test_fine_tune(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(fine_tune.main, ["--epochs", "8"], tmp_path, monkeypatch)
+    found = re.findall(
+        r"^(.+): ([\d.]+) % right, ([\d,]+) of ([\d,]+) weights", capsys.readouterr().out, re.M
+    )
+    numbers = {name: (float(score), alive, total) for name, score, alive, total in found}
+    pruned, masked, small = numbers.values()
+    assert [name for name, *_ in found] == [
+        "pruned",
+        "fine-tuned with its zeros",
+        "fine-tuned without them",
+    ]
+    assert masked[1:] == pruned[1:]  # not one weight came back
+    assert small[1] == small[2]
+    assert int(small[2].replace(",", "")) < int(pruned[2].replace(",", "")) / 10
+    assert min(masked[0], small[0]) > pruned[0] - 1
+    assert small[0] > 70  # chance is 10
+    assert {x.name for x in (tmp_path / "fine_tune").iterdir()} == {
+        "pruned.ckpt",
+        "small.json",
+        "small.safetensors",
+    }
+
+
+@needs_fashion_mnist
+def test_resnet18_meets_its_budget() -> None:
+    data = FashionMNIST(FASHION_MNIST, batch_size=8)
+    data.setup()
+    setting = "structure, one budget by size"
+    model = Classifier(ResNet18(channels=1))
+    record = resnet18_structure.train(model, data, setting, epochs=2, batches=2)
+    row = resnet18_structure.table([{"setting": setting, "accuracy": 10.0, **record}])
+    total = sum(record["groups"].values())
+    assert f"| {round(0.3 * total)} of {total} | yes |" in row
 
 
 @needs_fashion_mnist

@@ -372,6 +372,12 @@ def test_an_example_that_does_not_fit():
         slim(convolutions(nn.ReLU()), torch.ones(2, 4, 8, 8))
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_low_precision_proves_nothing(kind):
+    with raises_naming("model", "'0.weight'", str(kind), "float()"):
+        slim(convolutions(nn.ReLU()).to(kind), IMAGE.to(kind))
+
+
 def test_an_optimizer_needs_the_model_itself():
     network = convolutions(nn.ReLU())
     with raises_naming("optimizer", "inplace=True"):
