@@ -144,9 +144,10 @@ class _Slimmer:
     def run(self) -> None:
         """Until nothing is left that can be taken out."""
         self._blocks()
-        count = -1
+        blocks, count = self.kept, -1
         while count < len(self.plans):
             count = len(self.plans)
+            self.kept = dict(blocks)  # what stays for a reason is tried again in every round
             for groups in (head_groups(self.network), hidden_groups(self.network)):
                 units = {found.layer.name: found for found in dead_units(groups)}
                 self._take(units, lambda found: unit_removal(self.network, found))

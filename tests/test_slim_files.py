@@ -8,7 +8,7 @@ import safetensors
 import torch
 from helpers import raises_naming
 from safetensors.torch import save_file
-from test_slimming import IMAGE, SEQUENCE, Residual, convolutions, drawn, pruned, silent
+from slim_networks import IMAGE, SEQUENCE, Residual, convolutions, drawn, pruned, silent
 from torch import nn
 
 from lightning_wgsef.slim_files import load_slim, save_slim
