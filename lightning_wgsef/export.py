@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import io
 import math
 import os
 import warnings
@@ -92,8 +93,10 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], example_input
 
         def write(network: nn.Module, args: Any, named: dict[str, Any], shapes: Any) -> None:
             program = torch.export.export(network, args, named, dynamic_shapes=shapes)
-            with temporary.open("wb") as file:  # a name must end in .pt2, an open file need not
-                torch.export.save(program, file)
+            # In memory: torch needs a name in .pt2 otherwise, and aborts when the disk is full.
+            buffer = io.BytesIO()
+            torch.export.save(program, buffer)
+            temporary.write_bytes(buffer.getvalue())
 
         def load() -> Callable[[Any], list[Tensor]]:
             with temporary.open("rb") as file:

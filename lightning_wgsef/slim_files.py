@@ -33,7 +33,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
         path: the file; it appears when it is complete.
 
     Raises:
-        ValueError: no such network, or a path that cannot be written.
+        ValueError: no such network, a path that cannot be written, or a disk that is full.
     """
     record = getattr(model, "slimming", None)
     if not isinstance(record, Slimming):
@@ -59,7 +59,10 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "tied": json.dumps(tied),
     }
     with whole_file(path) as temporary:
-        save_file(tensors, temporary, header)
+        try:
+            save_file(tensors, temporary, header)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"path: {path} could not be written: {error}") from error
 
 
 def write_slim(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> str:
@@ -115,15 +118,18 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     (3, True)
     """
     header, tensors = _read(Path(path))
-    plans = [_plan(values) for values in json.loads(header["plans"])]
-    tied: dict[str, str] = json.loads(header["tied"])
+    try:
+        plans = [_plan(values) for values in json.loads(header["plans"])]
+        tied: dict[str, str] = dict(json.loads(header["tied"]))
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
     model = make_model()
     model = getattr(model, "_orig_mod", model)
-    made = f"make_model makes another network than the {header['model']} in {path}"
+    made = f"make_model makes another network than the {header.get('model')} in {path}"
     try:
         for plan in plans:
             plan.apply(model)
-    except (IndexError, KeyError, AttributeError) as error:
+    except Exception as error:  # a plan of another network can fail in any way
         raise ValueError(f"{made}: {type(error).__name__}: {error}") from error
     own = {canonical_name(name): name for name in model.state_dict()}
     state = {name: tensors[tied.get(name, name)] for name in own if tied.get(name, name) in tensors}

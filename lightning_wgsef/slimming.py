@@ -21,6 +21,7 @@ from lightning_wgsef.groupings.graph import Graph, build_graph
 from lightning_wgsef.groupings.heads import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
 from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.operations import tensors
 from lightning_wgsef.groupings.removal import channel_removal
 from lightning_wgsef.groupings.removal_plan import RemovalPlan, check_optimizer
 from lightning_wgsef.groupings.same_outputs import TOLERANCE, check_outputs
@@ -86,8 +87,9 @@ def slim(
         The network; its ``slimming`` says what was done.
 
     Raises:
-        ValueError: low precision, an example that does not fit, masks of another model, an
-            optimizer whose state cannot be cut, or outputs that differ; ``model`` is as it was.
+        ValueError: low precision, no tensor returned, an example that does not fit, masks of
+            another model, an optimizer whose state cannot be cut, or outputs that differ; ``model``
+            is as it was.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> _ = network[2].weight.data[:, :6].zero_()
@@ -136,7 +138,12 @@ class _Slimmer:
         self.kept: dict[str, str] = {}
         self.constants: list[tuple[bool, Any]] = [(False, self.examples[1])]
         with torch.no_grad():
-            run_example(network, example_input)
+            returned = run_example(network, example_input)
+            if not tensors(returned):
+                raise ValueError(
+                    f"model must return tensors, which can be compared, alone or in a tuple, dict "
+                    f"or dataclass; {type(network).__name__} returns {type(returned).__name__}"
+                )
             with contextlib.suppress(ValueError):  # some networks cannot train on an example
                 run_example(model_copy(network).train(), self.training_example)
                 self.constants.append((True, self.training_example))

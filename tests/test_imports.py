@@ -89,6 +89,8 @@ FLOORS = {
     "slimming": (2, 0),
     "slim_files": (2, 1),
     "callback": (3, 0),
+    "cli_checkpoints": (3, 1),
+    "cli": (3, 2),
     TOP: (4, 0),
 }
 MAY_IMPORT_LIGHTNING = {"callback"}

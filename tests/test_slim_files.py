@@ -163,6 +163,29 @@ def test_another_network(make, words, tmp_path):
         refused(path, make, *words)
 
 
+@pytest.mark.parametrize(
+    "header", [{}, {"plans": "[]"}, {"plans": "[1]", "tied": "{}"}, {"plans": "[{", "tied": "{}"}]
+)
+def test_a_damaged_header(header, tmp_path):
+    path = tmp_path / "small.safetensors"
+    file_format = {"format": "lightning_wgsef slim network, version 1"}
+    save_file({"a": torch.ones(1)}, path, {**file_format, **header})
+    refused(path, Residual, "header", "damaged")
+
+
+def test_heads_of_something_else(tmp_path):
+    _, small, _ = made("heads and units")
+    path = tmp_path / "small.safetensors"
+    save_slim(small, path)
+
+    def other():
+        network = encoder()
+        network.layers[0].self_attn = nn.Linear(12, 12)
+        return network
+
+    refused(path, other, "make_model", "layers.0.self_attn")
+
+
 def test_a_network_that_is_not_slim(tmp_path):
     with raises_naming("model", "slim", "Residual"):
         save_slim(Residual(), tmp_path / "small.safetensors")
@@ -186,7 +209,7 @@ def test_nothing_is_left_of_a_file_that_could_not_be_finished(tmp_path, monkeypa
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("lightning_wgsef.slim_files.save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with raises_naming("small.safetensors", "No space left"):
         save_slim(small, path)
     assert path.read_bytes() == before
     assert os.listdir(tmp_path) == ["small.safetensors"]

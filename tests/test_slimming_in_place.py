@@ -189,3 +189,18 @@ def test_a_network_that_is_random_in_training():
     assert small[0].out_features == 6
     assert small.slimming.difference[1] is None
     assert "in training" not in str(small.slimming)
+
+
+class Answer:
+    def __init__(self, logits):
+        self.logits = logits
+
+
+class Answering(nn.Sequential):
+    def forward(self, inputs):
+        return Answer(super().forward(inputs))
+
+
+def test_outputs_that_cannot_be_compared():
+    with raises_naming("model", "tensors", "Answering returns Answer"):
+        slim(Answering(nn.Linear(6, 4)), VECTOR)

@@ -88,7 +88,8 @@ class RemovalPlan:
         modules, done = _modules(model), set[int]()
         for name, heads in self.heads.items():
             attention = modules[name]
-            assert isinstance(attention, nn.MultiheadAttention)
+            if not isinstance(attention, nn.MultiheadAttention):
+                raise ValueError(f"'{name}' is a {type(attention).__name__}, which has no heads")
             SlimAttention.of(attention, heads)
         for name in self.biases:
             _add_bias(modules[name], optimizer)
