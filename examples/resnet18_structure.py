@@ -32,11 +32,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "channel": {"grouping": "channel", "scope": "layer"},
     "structure, a budget a set": {"grouping": "structure", "scope": "layer"},
     "structure, one budget": {"grouping": "structure", "scope": "global"},
-    "structure, one budget by size": {
-        "grouping": "structure",
-        "scope": "global",
-        "weights": "size",
-    },
 }
 
 

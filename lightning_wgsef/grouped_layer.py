@@ -24,6 +24,8 @@ class GroupedLayer:
         obstacle: why they cannot, where somebody might expect it; "" otherwise.
         reserved: why the layer is left out unless the user names it; "" for "it is not".
         weights: penalty weights w_j > 0, shape (count,); None: 1.
+        relative: in one competition of all layers, the weights are divided by the mean square norm
+            of the layer's groups, measured anew at every step.
         costs: costs c_j > 0, shape (count,); None: 1.
         budget: K in units of cost.
         contest: how many groups in a row compete for the budget, as in n:m; None: all of them.
@@ -40,6 +42,7 @@ class GroupedLayer:
     obstacle: str = ""
     reserved: str = ""
     weights: Tensor | None = None
+    relative: bool = False
     costs: Tensor | None = None
     budget: float = field(default=math.inf)
     contest: int | None = None

@@ -86,8 +86,12 @@ class Groups:
         self.members = [member for layer in self.layers for member in layer.members]
         counts = torch.tensor(self.counts, dtype=torch.long)
         self.starts = (counts.cumsum(0) - counts).to(device)
+        self._counts = counts.to(device)
         self._slices = [member.slices for member in self.members]
         self._owners = self._owner_of_slices()
+        self._own_weights = self.weights
+        self._is_relative = self.is_global and any(layer.relative for layer in self.layers)
+        self.weigh(self.norms() if self._is_relative else None)
 
     def _joined(self, values: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         if all(value is None for value in values):
@@ -134,6 +138,25 @@ class Groups:
                 f"that trains only {sorted(wanted)}; use scope='layer', or exclude the others"
             )
         return Groups(layers)
+
+    def weigh(self, norms: Tensor | None) -> None:
+        """Measure the weights of layers that are ``relative`` anew.
+
+        Without it, the layer whose groups grow fastest wins a competition of all layers: groups of
+        one layer are more alike than layers are.
+
+        Args:
+            norms: of the groups as they are, shape (m,).
+        """
+        if not self._is_relative or norms is None:
+            return
+        squares = norms.double().square()
+        parts = torch.split_with_sizes(squares, self.counts)
+        means = torch.stack([part.mean() for part in parts])
+        means = torch.where(means > 0, means, 1)
+        per_group = means.repeat_interleave(self._counts, output_size=len(self))
+        own = 1 if self._own_weights is None else self._own_weights
+        self.weights = (own / per_group).to(self.dtype)
 
     def split(self, per_group: Tensor) -> dict[str, Tensor]:
         """A vector over all groups, shape (m,), as one vector for every layer."""

@@ -131,6 +131,7 @@ class ProximalStep:
             budgets: K of every segment, shape (S,).
             allowed: a boolean, shape (): nothing changes where it is false; None: true.
         """
+        self.groups.weigh(norms)
         self.size = self._step_size(norms, taken)
         if isinstance(self.size, float) and self.size == 0:
             return
@@ -158,6 +159,7 @@ class ProximalStep:
 
     def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
         """The projection onto the budgets: is a group kept? Booleans, shape (m,)."""
+        self.groups.weigh(norms)
         competitors = Competitors(self.groups, norms, budgets)
         factors = prox_multipliers(
             self._in_metric_of_weights(competitors.norms),

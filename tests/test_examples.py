@@ -81,7 +81,7 @@ def test_fine_tune(
 def test_resnet18_meets_its_budget() -> None:
     data = FashionMNIST(FASHION_MNIST, batch_size=8)
     data.setup()
-    setting = "structure, one budget by size"
+    setting = "structure, one budget"
     model = Classifier(ResNet18(channels=1))
     record = resnet18_structure.train(model, data, setting, epochs=2, batches=2)
     row = resnet18_structure.table([{"setting": setting, "accuracy": 10.0, **record}])

@@ -35,9 +35,9 @@ def scale(model, factors):
         model[4].weight *= torch.as_tensor(np.asarray(factors[3:], dtype=np.float64))
 
 
-def strengths(model, means, prices):
-    """Norms over the root mean square that their layer had at the start; without the strongest."""
-    rated = np.concatenate([n / m for n, m in zip(norms_of(model), means, strict=True)])
+def strengths(model, prices):
+    """Norms over the root mean square of their layer as it is; without the strongest."""
+    rated = np.concatenate([n / np.sqrt((n**2).mean()) for n in norms_of(model)])
     first = [
         start + int(np.argmax(rated[start : start + count] ** 2 / prices[start : start + count]))
         for start, count in zip(FIRST, (3, 4), strict=True)
@@ -52,8 +52,7 @@ def pair(budget, prices, lam, **more):
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
     costs = None if set(prices) == {1.0} else torch.tensor(prices)
     regularizer = WGSEF(models[0], budget, lam, scope="global", costs=costs, **more)
-    means = [np.sqrt((norms**2).mean()) for norms in norms_of(models[1])]
-    return models, optimizers, regularizer.attach(optimizers[0]), means
+    return models, optimizers, regularizer.attach(optimizers[0])
 
 
 @every_budget
@@ -64,13 +63,13 @@ def test_a_constant_lam(budget, prices, debias, lam):
 
     The second lam is beyond the largest step that is a proximal one, 1 / debias.
     """
-    (ours, twin), optimizers, _, means = pair(budget, prices, lam, debias=debias, freeze=None)
+    (ours, twin), optimizers, _ = pair(budget, prices, lam, debias=debias, freeze=None)
     prices, ones, size = np.array(prices), np.ones(7), 0.05 * lam
     size = min(size, 1 / debias) if debias else size
     for batch in batches(15):
         train(ours, optimizers[0], [batch])
         train(twin, optimizers[1], [batch])
-        others, first = strengths(twin, means, prices)
+        others, first = strengths(twin, prices)
         left = budget - prices[first].sum()
         if debias * size == 1:
             factors = oracle.project(others, left, ones, prices) / (1 + size * (1 - debias))
@@ -87,12 +86,12 @@ def test_a_constant_lam(budget, prices, debias, lam):
 def test_homotopy(budget, prices):
     """To the end: those that stay in the last step are the mask."""
     schedule = Homotopy(start=1e-2, length=15)
-    (ours, twin), optimizers, regularizer, means = pair(budget, prices, schedule)
+    (ours, twin), optimizers, regularizer = pair(budget, prices, schedule)
     prices, ones = np.array(prices), np.ones(7)
     for number, batch in enumerate(batches(15), start=1):
         train(ours, optimizers[0], [batch])
         train(twin, optimizers[1], [batch])
-        others, first = strengths(twin, means, prices)
+        others, first = strengths(twin, prices)
         left = budget - prices[first].sum()
         if number < 15:
             exact = oracle.prox_multipliers(

@@ -15,7 +15,7 @@ from global_networks import (
     projected,
     still,
 )
-from helpers import mlp, raises_naming
+from helpers import batches, mlp, raises_naming, train
 from trainers import make_trainer
 
 from lightning_wgsef import (
@@ -201,3 +201,23 @@ def test_metrics():
     ridge = 0.5 * float((groups.weights * groups.norms().square()).sum())
     assert metrics.seen[-1]["wgsef/value"] == pytest.approx(ridge, rel=1e-5)
     assert callback.regularizer.gap().tolist() == [0]
+
+
+def test_the_layer_that_grows_fastest_does_not_win():
+    """Layers are compared as they are: neither growth nor shrinkage of a whole layer matters."""
+
+    def alive(growth):
+        torch.manual_seed(0)
+        model = mlp(4, 8, 8, 2).double()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        regularizer = WGSEF(model, 8, Homotopy(length=20), scope="global").attach(optimizer)
+        for batch in batches(20):
+            train(model, optimizer, [batch])
+            if not regularizer.frozen:
+                with torch.no_grad():
+                    model[2].weight *= growth
+        return {name: mask.tolist() for name, mask in regularizer.masks.items()}
+
+    expected = alive(1.0)
+    assert {name: 1 < sum(mask) < 8 for name, mask in expected.items()} == {"2": True, "4": True}
+    assert alive(1.3) == alive(0.8) == expected

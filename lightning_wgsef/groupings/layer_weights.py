@@ -47,8 +47,10 @@ def with_weights(
     - "uniform": 1, norms decide; a large group is strong because it is large.
     - "size": one over the number of weights: their root mean square decides, whatever the size.
     - "sqrt_size": one over its square root, halfway between the two.
-    - "layer_norm": one over the mean square norm of the layer's groups as they are now: how much
-      stronger a group is than others of its layer decides, so that layers are comparable.
+    - "layer_norm": one over the mean square norm of the layer's groups: how much stronger a group
+      is than others of its layer decides, so that layers are comparable. With ``scope="global"``
+      it is measured anew at every step, for layers grow at different rates and the fastest would
+      win; else once.
 
     The mean over groups that compete is 1 for the first three: the meaning of lam stays. None is
     "uniform", or with ``scope="global"`` "layer_norm".
@@ -61,6 +63,8 @@ def with_weights(
     if isinstance(weights, str):
         if weights == "uniform":
             return list(layers)
+        if weights == "layer_norm" and scope == "global":
+            return [replace(layer, relative=True) for layer in layers]
         found = {layer.name: _named(layer, weights) for layer in layers}
         if weights != "layer_norm":
             found = _with_mean_one(found, together=scope == "global")
