@@ -234,9 +234,11 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
     names = {module: canonical_name(name) for name, module in clone.named_modules()}
     one_dimensional = any(isinstance(module, nn.Conv1d) for module in names)
     inputs: list[tuple[nn.Parameter, int]] = []
+    device = next((parameter.device for parameter in clone.parameters()), None)
 
     def tracked(value: Any) -> Any:
         """The value as a parameter, so that the graph has it."""
+        value = value.to(device) if isinstance(value, Tensor) else value
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
             return value
         flat = value.dim() == 3  # torch-pruning takes a parameter of three axes for a position
