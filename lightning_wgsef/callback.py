@@ -10,12 +10,15 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from lightning_wgsef.groupings.costs import Costs, check_costs
 from lightning_wgsef.groupings.layer_budgets import Budget, check_budget
 from lightning_wgsef.groupings.layer_weights import Weights, check_weights
 from lightning_wgsef.groupings.parameters import check_overlap
 from lightning_wgsef.groupings.registry import Grouping, check_grouping
 from lightning_wgsef.half_space import HalfSpace, as_half_space
+from lightning_wgsef.masks import apply_masks_to
 from lightning_wgsef.penalties import Envelope, Penalty
 from lightning_wgsef.proximal_step import check_step
 from lightning_wgsef.regularizer import WGSEF
@@ -151,6 +154,7 @@ class WGSEFCallback(Callback):
         self.name = name
         self.regularizer: WGSEF | None = None
         self._state: Mapping[str, Any] = {}
+        self._averages_masked = False
 
     @property
     def state_key(self) -> str:
@@ -203,6 +207,7 @@ class WGSEFCallback(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to this fit's optimizers and continue from the saved state, if any."""
         assert self.regularizer is not None
+        self._averages_masked = False
         steps = trainer.estimated_stepping_batches
         self.regularizer.total_steps = int(steps) if 0 < steps < math.inf else None
         self.regularizer.attach(*trainer.optimizers)
@@ -219,8 +224,14 @@ class WGSEFCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log."""
+        """Log; from the freeze on, keep averages of the weights sparse, too."""
         assert self.regularizer is not None
+        if self.regularizer.frozen and not self._averages_masked:
+            self._averages_masked = True  # an average of zeros stays zero
+            for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+                average = getattr(other, "_average_model", None)  # EMA, SWA
+                if isinstance(average, nn.Module):
+                    apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
         # The public log_every_n_steps would have to be matched with loop internals by hand; the
         # last batch counts too, so that monitors find the metrics at the end of every epoch.
         due = trainer._logger_connector.should_update_logs or trainer.is_last_batch

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_wgsef.groupings.layers import canonical_name
 from lightning_wgsef.groups import Groups
@@ -56,6 +57,29 @@ def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:
             dead = ~member.along(alive, True)
             weights = member.seen(member.parameter.detach())
             weights.masked_fill_(dead.to(weights.device), 0)
+
+
+def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor]) -> None:
+    """Set dead groups to zero in a copy of the model, such as an average of its weights.
+
+    An average that torch wraps keeps the model under the name "module".
+
+    >>> from lightning_wgsef.groupings.parameters import group_parameters
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> average = torch.optim.swa_utils.AveragedModel(network)
+    >>> masks = {"1": torch.tensor([True, False, True])}
+    >>> apply_masks_to(average, group_parameters(network, "channel"), masks)
+    >>> average.module[1].weight[:, 1].tolist(), bool(network[1].weight.all())
+    ([0.0, 0.0], True)
+    """
+    inner = module.module if isinstance(module, AveragedModel) else module
+    own = {canonical_name(name): parameter for name, parameter in inner.named_parameters()}
+    layers = [
+        replace(x, members=tuple(replace(m, parameter=own[m.name]) for m in x.members))
+        for x in groups.layers
+        if x.name in masks
+    ]
+    apply_masks(Groups(layers), masks)
 
 
 def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:
