@@ -172,6 +172,13 @@ class WGSEFCallback(Callback):
         self._state = state_dict
         self.regularizer = None
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state of another model's fit out: a finder saves and restores before a fit."""
+        if self.regularizer is not None and self.regularizer.model is not pl_module:
+            checkpoint.get("callbacks", {}).pop(self.state_key, None)
+
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies under which the weights cannot be edited yet."""
         names = {base.__name__ for base in type(trainer.strategy).__mro__}

@@ -28,7 +28,7 @@ class StepHooks:
 
     def __init__(self, optimizer: Optimizer, after: Action, before: Action | None = None) -> None:
         self.optimizer = optimizer
-        self._size = self._parameter_count()
+        self._size = self._trained_count()
         # Hooks must stay out of a compiled optimizer step. torch leaves `disable` untyped.
         outside = torch.compiler.disable(lambda *_: after(optimizer))  # type: ignore[no-untyped-call]
         self._handles = [optimizer.register_step_post_hook(outside)]
@@ -37,8 +37,8 @@ class StepHooks:
             self._handles.append(optimizer.register_step_pre_hook(outside))
 
     def grown(self) -> bool:
-        """Has the optimizer other parameters than when last asked?"""
-        before, self._size = self._size, self._parameter_count()
+        """Does the optimizer train other parameters than when last asked?"""
+        before, self._size = self._size, self._trained_count()
         return before != self._size
 
     def remove(self) -> None:
@@ -46,5 +46,6 @@ class StepHooks:
         for handle in self._handles:
             handle.remove()
 
-    def _parameter_count(self) -> int:
-        return sum(len(param_group["params"]) for param_group in self.optimizer.param_groups)
+    def _trained_count(self) -> int:
+        groups = self.optimizer.param_groups
+        return sum(p.requires_grad for param_group in groups for p in param_group["params"])

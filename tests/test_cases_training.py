@@ -81,11 +81,6 @@ def test_case_08_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
     assert_same(model.net, two_stages())
 
 
-@pytest.mark.xfail(
-    strict=True,
-    raises=AssertionError,
-    reason="a layer joins only when its optimizer gets parameters",
-)
 def test_case_08_parameters_that_thaw_inside_the_optimizer() -> None:
     class Plain(Dense):
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -185,20 +180,7 @@ def run_finder(finder: str, model: Tuned, callback: WGSEFCallback, tmp_path: Any
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*num_workers")
 @pytest.mark.parametrize("finder", ["rate", "batch size"])
-@pytest.mark.parametrize(
-    "used",
-    [
-        False,
-        pytest.param(
-            True,
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="the finder saves and restores the state of the other model's fit",
-            ),
-        ),
-    ],
-)
+@pytest.mark.parametrize("used", [False, True])
 def test_case_10_finders_leave_no_trace(finder: str, used: bool, tmp_path: Any) -> None:
     """Also where the callback has seen a fit of another model before."""
     schedule = Recorded()
