@@ -120,7 +120,7 @@ def _widths(block: AttentionBlock) -> dict[str, int]:
 def _counts(block: AttentionBlock, widths: dict[str, int]) -> tuple[int, int]:
     """Number of heads of the queries, and of the keys and values."""
     query, key, value = (widths[role] for role in ROLES)
-    width = _number(block, _HEAD_WIDTHS, config=False)
+    width = told_width = _number(block, _HEAD_WIDTHS, config=False)
     heads = _number(block, HEADS, config=False) or (query // width if width else 0)
     heads = heads or _number(block, HEADS, config=True)
     if not heads:
@@ -130,9 +130,9 @@ def _counts(block: AttentionBlock, widths: dict[str, int]) -> tuple[int, int]:
         )
     width = width or query // heads
     shared = key // max(width, 1)
-    given = _number(block, KEY_VALUE_HEADS, config=False) or _number(
-        block, KEY_VALUE_HEADS, config=True
-    )
+    given = _number(block, KEY_VALUE_HEADS, config=False)
+    if not told_width:  # the config is that of all layers, and does not know of removed heads
+        given = given or _number(block, KEY_VALUE_HEADS, config=True)
     output = block.layers["output"].inputs
     fits = (
         heads * width == query
