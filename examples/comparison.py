@@ -32,6 +32,7 @@ from examples.baselines import GradualMagnitude
 from examples.batches import Batches
 from examples.data import CIFAR10, FashionMNIST, InMemory
 from examples.networks import Classifier, FiveLayerBatchNorm, LeNet5
+from examples.training import quiet_trainer
 from lightning_wgsef import Homotopy, WGSEFCallback, group_parameters, prox_multipliers
 
 RESULTS = Path(__file__).parent / "results"
@@ -193,17 +194,7 @@ def run(
     pruning = None if method == "dense" else (METHODS | IN_METRIC)[method](arguments, freeze)
     watch = AccuracyAtFreeze(data.test_dataloader(), freeze, arguments)
     started = time.time()
-    trainer = pl.Trainer(
-        max_epochs=task.epochs,
-        callbacks=[pruning, watch] if pruning else [],
-        limit_train_batches=limit_batches,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(task.epochs, [pruning, watch if pruning else None], limit_batches)
     trainer.fit(model, data)
     groups = group_parameters(model, **arguments)
     alive = {name: int((norms > 0).sum()) for name, norms in groups.split(groups.norms()).items()}

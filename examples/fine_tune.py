@@ -20,6 +20,7 @@ from torch import nn
 from examples.comparison import accuracy
 from examples.data import Digits
 from examples.networks import Classifier, SmallConvNet
+from examples.training import quiet_trainer
 from lightning_wgsef import WGSEFCallback
 from lightning_wgsef.slim_files import load_slim
 
@@ -58,16 +59,7 @@ def main() -> None:
 
 def train(model: pl.LightningModule, data: Digits, epochs: int, callbacks: list[Any]) -> pl.Trainer:
     """One training on the CPU."""
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=callbacks,
-        accelerator="cpu",
-        limit_val_batches=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(epochs, callbacks)
     trainer.fit(model.train(), data)
     return trainer
 

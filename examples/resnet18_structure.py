@@ -22,6 +22,7 @@ from examples.comparison import RESULTS, accuracy
 from examples.data import FashionMNIST
 from examples.networks import Classifier
 from examples.residual_networks import ResNet18
+from examples.training import quiet_trainer
 from lightning_wgsef import WGSEFCallback, group_parameters
 
 EPOCHS = 4
@@ -54,17 +55,7 @@ def train(
     arguments = {"k": 0.3, "example_input": EXAMPLE, **SETTINGS.get(setting, {})}
     callback = WGSEFCallback(**arguments)
     started = time.time()
-    trainer = pl.Trainer(
-        max_epochs=epochs,
-        callbacks=[] if setting == "dense" else [callback],
-        limit_train_batches=batches,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(epochs, [None if setting == "dense" else callback], batches)
     trainer.fit(model, data)
     record: dict[str, Any] = {"seconds": round(time.time() - started, 1)}
     if setting != "dense":

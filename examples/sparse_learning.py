@@ -32,6 +32,7 @@ from examples.baselines import AdaHSPG, hspg, prox_sgd
 from examples.comparison import RESULTS, accuracy
 from examples.data import FashionMNIST
 from examples.networks import Classifier, LeNet5
+from examples.training import quiet_trainer
 from lightning_wgsef import group_parameters
 
 EPOCHS = 10
@@ -138,17 +139,7 @@ def run(setting: Run, folder: Path, limit_batches: float = 1.0) -> dict[str, Any
     model = PlainSGD(NETWORKS[setting.network](), lr=setting.lr)
     callback = METHODS[setting.method](setting)
     started = time.time()
-    trainer = pl.Trainer(
-        max_epochs=EPOCHS,
-        callbacks=[callback] if callback else [],
-        limit_train_batches=limit_batches,
-        limit_val_batches=0,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=False,
-    )
+    trainer = quiet_trainer(EPOCHS, [callback], limit_batches)
     trainer.fit(model, data)
     seconds = round(time.time() - started, 1)
     groups = group_parameters(model, "filter", 1.0, exclude=LAST)

@@ -45,6 +45,23 @@ def train(
     return 100 * metrics["test/accuracy"]
 
 
+def quiet_trainer(
+    epochs: int, callbacks: list[pl.Callback | None], limit_batches: int | float = 1.0
+) -> pl.Trainer:
+    """A Trainer on the CPU that writes and shows nothing."""
+    return pl.Trainer(
+        max_epochs=epochs,
+        callbacks=[callback for callback in callbacks if callback is not None],
+        limit_train_batches=limit_batches,
+        limit_val_batches=0,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+
+
 def compare(
     make_network: Callable[[], nn.Module],
     data: InMemory,

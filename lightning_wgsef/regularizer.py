@@ -259,10 +259,7 @@ class WGSEF:
             part.load_state_dict(saved)
             restored.append(part)
         known = {name for saved in state["attachments"] for name in saved["layers"]}
-        fresh = [
-            part for part in self.attachments
-            if not known & {layer.name for layer in part.groups.layers}
-        ]  # fmt: skip
+        fresh = [p for p in self.attachments if known.isdisjoint(x.name for x in p.groups.layers)]
         self.attachments = restored + fresh
 
     def _value_and_gap(self, norms: Tensor) -> tuple[Tensor, Tensor]:
