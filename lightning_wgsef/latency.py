@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from lightning_wgsef.groupings.example_runs import mapped, run_example
+from lightning_wgsef.groupings.example_runs import mapped, on_device_of, run_example
 from lightning_wgsef.tables import format_table
 
 MEMORY_OF_CPU = "allocations of torch during one pass, as its profiler records them"
@@ -239,8 +239,7 @@ def _measured(
     calls: list[Callable[[], Any]] = []
     for network in networks:
         run_example(network, example_input)  # a failure says what was given
-        device = device_of(network)
-        inputs = mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_input)  # noqa: B023
+        inputs = on_device_of(network, example_input)
         given = (
             partial(network, **inputs) if isinstance(inputs, dict) else partial(network, *inputs)
         )

@@ -23,8 +23,7 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
     ...
     ValueError: example_input must be what Linear takes, a tensor, a tuple of its ...
     """
-    device = next((parameter.device for parameter in model.parameters()), None)
-    inputs = mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_input)
+    inputs = on_device_of(model, example_input)
     try:
         return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
     except Exception as error:
@@ -35,6 +34,16 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
             f"example_input must be what {type(model).__name__} takes, a tensor, a tuple of its "
             f"arguments or a dict of them, got {given}: {type(error).__name__}: {error}"
         ) from error
+
+
+def on_device_of(model: nn.Module, example_input: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments of ``forward``, tensors on the device of the model's first parameter.
+
+    >>> on_device_of(nn.Linear(2, 1), torch.ones(1, 2))[0].device
+    device(type='cpu')
+    """
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_input)
 
 
 def mapped(function: Callable[[Any], Any], example_input: Any) -> tuple[Any, ...] | dict[str, Any]:
