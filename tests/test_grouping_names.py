@@ -141,3 +141,18 @@ def test_the_table_shows_weights_costs_and_obstacles():
     assert text.splitlines()[0].split() == [*header, "removable"]
     assert "  28  " in text
     assert "left out: 5: last layer: its filters are the network's outputs" in text
+
+
+@pytest.mark.parametrize(
+    ("grouping", "words"),
+    [
+        ("head", "no nn.MultiheadAttention, and no module whose layers have names"),
+        ("hidden", "no module with two dense layers of which the second reads"),
+        ("filter", "no weights"),
+    ],
+)
+def test_what_a_model_lacks(grouping, words):
+    model = nn.Sequential(nn.Conv2d(3, 4, 3)) if grouping != "filter" else nn.Sequential(nn.ReLU())
+    text = f"Sequential has no layer that .*{grouping}.*: it has {words}"
+    with pytest.raises(ValueError, match=text):
+        group_parameters(model, grouping)

@@ -19,7 +19,7 @@ from lightning_wgsef.groupings.layer_budgets import (
 )
 from lightning_wgsef.groupings.layer_weights import Weights, check_weights, with_weights
 from lightning_wgsef.groupings.patterns import check_patterns, matches
-from lightning_wgsef.groupings.registry import Grouping, find_groups, grouping_name
+from lightning_wgsef.groupings.registry import MISSING, Grouping, find_groups, grouping_name
 from lightning_wgsef.groupings.zero_invariance import with_invariance
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.overlap import Claims
@@ -108,9 +108,10 @@ def group_parameters(
             layers.append(layer)
     if not layers:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+        missing = MISSING.get(grouping_name(grouping), "it has no weights")
         raise ValueError(
             f"{type(model).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
-            f"group{reasons or ': it has no weights'}"
+            f"group{reasons or f': {missing}'}"
         )
     if example_input is not None:
         layers = list(with_invariance(model, Groups(layers), example_input).layers)

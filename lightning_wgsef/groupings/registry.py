@@ -38,6 +38,13 @@ TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
     "structure": structure_groups,
 }
 """Those that need an example input."""
+MISSING = {
+    "head": "it has no nn.MultiheadAttention, and no module whose layers have names that "
+    "groupings.attention.register_projections was told",
+    "hidden": "it has no module with two dense layers of which the second reads what the first "
+    "makes",
+}
+"""What a model lacks in which a grouping finds nothing, not even something to leave out."""
 _SIZES = {
     r"block:([1-9]\d*)x([1-9]\d*)": tile_groups,
     r"([1-9]\d*):([1-9]\d*)": n_of_m_groups,
