@@ -30,7 +30,7 @@ from lightning_wgsef.schedules import (
     check_freeze,
     resolve_debias,
 )
-from lightning_wgsef.step_hooks import StepHooks
+from lightning_wgsef.step_hooks import StepHooks, inner
 
 
 class WGSEF:
@@ -163,6 +163,7 @@ class WGSEF:
             ValueError: no optimizer trains a layer that is grouped, a layer is spread over
                 optimizers, or a share of training is asked for and ``total_steps`` is not known.
         """
+        optimizers = tuple(map(inner, optimizers))
         for optimizer in optimizers:
             self._adopt(optimizer)
         if not self.attachments:

@@ -10,6 +10,17 @@ from torch.optim import Optimizer
 Action = Callable[[Optimizer], None]
 
 
+def inner(optimizer: Optimizer) -> Optimizer:
+    """The optimizer that takes the steps, inside what Fabric or Accelerate put around it.
+
+    >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    >>> inner(optimizer) is optimizer
+    True
+    """
+    held = getattr(optimizer, "optimizer", None)
+    return inner(held) if isinstance(held, Optimizer) else optimizer
+
+
 class StepHooks:
     """What happens before and after every step of ``optimizer``, until it is removed.
 
