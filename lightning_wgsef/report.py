@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lightning_wgsef.groupings.costs import layer_flops
-from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name, weighted_layers
+from lightning_wgsef.groupings.layers import WeightedLayer, modules_by_name, weighted_layers
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.tables import format_table
 
@@ -100,7 +100,7 @@ def sparsity_report(
     alive = groups.split(groups.alive())
     parameters = list(model.parameters())
     layers = {layer.name: layer for layer in weighted_layers(model)}
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = modules_by_name(model)
     rows = []
     for name in [*layers, *(name for name in grouped if name not in layers)]:
         own = list(modules[name].parameters()) if name in modules else []

@@ -13,7 +13,7 @@ from lightning_wgsef.groupings.channel_sets import ChannelSet, channel_sets
 from lightning_wgsef.groupings.channel_slices import PRODUCERS, slices
 from lightning_wgsef.groupings.constants import constants, fold
 from lightning_wgsef.groupings.graph import Graph
-from lightning_wgsef.groupings.layers import canonical_name, weighted_layers
+from lightning_wgsef.groupings.layers import modules_by_name, weighted_layers
 from lightning_wgsef.groupings.operations import OPTYPE
 
 
@@ -62,7 +62,7 @@ def dead_channels(
         The channels, and for layers whose zero channels have to stay, the reason.
     """
     modules: dict[str, Any] = {name: module for module, name in graph.names.items()}
-    own = {canonical_name(name): module for name, module in network.named_modules()}
+    own = modules_by_name(network)
     sets, kept = [], {}
     for found in channel_sets(graph):
         if found.obstacle or found.is_output:

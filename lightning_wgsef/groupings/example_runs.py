@@ -96,15 +96,14 @@ def doubled(example_input: Any) -> Any:
 
 
 def model_copy(model: nn.Module) -> nn.Module:
-    """A deep copy of a model (inside a compiled one), without the trainer it may belong to.
+    """A deep copy of a model (inside a compiled one); Lightning leaves the trainer out of it.
 
     Raises:
         ValueError: it cannot be copied.
     """
     model = getattr(model, "_orig_mod", model)
-    trainers = [vars(module).get("_trainer") for module in model.modules()]
     try:
-        return copy.deepcopy(model, {id(trainer): trainer for trainer in trainers})
+        return copy.deepcopy(model)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied, which its graph needs: "

@@ -102,6 +102,15 @@ def canonical_name(name: str) -> str:
     return re.sub(wrappers, "", name).lstrip(".")
 
 
+def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
+    """All modules by canonical name; of a module and its wrapper, the module.
+
+    >>> list(modules_by_name(nn.Sequential(nn.ReLU())))
+    ['', '0']
+    """
+    return {canonical_name(name): module for name, module in model.named_modules()}
+
+
 def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
     """Every convolution and dense layer of ``model``, in the order in which they are defined.
 

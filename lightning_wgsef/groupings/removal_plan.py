@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_wgsef.groupings.layers import WeightedLayer, canonical_name
+from lightning_wgsef.groupings.layers import WeightedLayer, modules_by_name
 from lightning_wgsef.slim_modules import Skip, SlimAttention
 
 Size = int | tuple[int, ...]
@@ -80,12 +80,12 @@ class RemovalPlan:
             model: the network that the plan is of.
             optimizer: its state is cut as the parameters are; see `check_optimizer`.
         """
-        gone = [p for name in self.skipped for p in _modules(model)[name].parameters()]
+        gone = [p for name in self.skipped for p in modules_by_name(model)[name].parameters()]
         for name in self.skipped:
             _put(model, name, Skip())
         if optimizer is not None:
             _forget(optimizer, gone)
-        modules, done = _modules(model), set[int]()
+        modules, done = modules_by_name(model), set[int]()
         for name, heads in self.heads.items():
             attention = modules[name]
             if not isinstance(attention, nn.MultiheadAttention):
@@ -164,13 +164,8 @@ def _forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
     """Replace every module of this canonical name, wrapped or not."""
-    own = _modules(model)[name]
+    own = modules_by_name(model)[name]
     for parent in list(model.modules()):
         for child, value in list(parent.named_children()):
             if value is own:
                 setattr(parent, child, module)
-
-
-def _modules(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by canonical name; of a module and its wrapper, the module."""
-    return {canonical_name(name): module for name, module in model.named_modules()}

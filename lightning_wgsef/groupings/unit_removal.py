@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groupings.attention import AttentionBlock, attention_blocks
 from lightning_wgsef.groupings.heads import HEADS, KEY_VALUE_HEADS
-from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.layers import modules_by_name
 from lightning_wgsef.groupings.removal_plan import RemovalPlan
 from lightning_wgsef.groups import Groups
 
@@ -63,7 +63,7 @@ def unit_removal(model: nn.Module, found: Iterable[DeadUnits]) -> RemovalPlan:
     {'self_attn': [2, 3]}
     """
     plan = RemovalPlan()
-    modules = {canonical_name(name): module for name, module in model.named_modules()}
+    modules = modules_by_name(model)
     blocks = {block.name: block for block in attention_blocks(model)}
     for units in found:
         _cut(plan, modules, units.layer, units.dead)

@@ -8,14 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import Rounds
-from networks import ViT, resnet18, vgg16
+from networks import ViT, vgg16
 
+from examples.residual_networks import ResNet18
 from lightning_wgsef import WGSEF, Homotopy
 
 BATCH = 128
 BLOCKS = 1
 CASES = {
-    "ResNet18": (resnet18, 32, 4),
+    "ResNet18": (ResNet18, 32, 4),
     "VGG16": (vgg16, 32, 4),
     f"ViT-B/16, {BLOCKS} of its 12 blocks": (lambda: ViT(BLOCKS), 224, 3),
 }

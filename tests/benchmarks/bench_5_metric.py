@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 from measure import Rounds
-from networks import resnet18
 from torch import nn
 
+from examples.residual_networks import ResNet18
 from lightning_wgsef import WGSEF
 
 METRICS = ("auto", "group", "identity")
@@ -20,7 +20,7 @@ class Trained:
 
     def __init__(self, metric: str, kind: str) -> None:
         torch.manual_seed(0)
-        self.model = resnet18()
+        self.model = ResNet18()
         for layer in self.model.modules():
             if isinstance(layer, nn.BatchNorm2d):
                 layer.requires_grad_(False)

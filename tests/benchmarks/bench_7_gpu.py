@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from measure import Rounds, add_row, once
-from networks import grouped, resnet18, weights
+from networks import grouped, weights
 from steps import HOMOTOPY, VARIANTS, floor, groups_step
 
+from examples.residual_networks import ResNet18
 from lightning_wgsef import WGSEF, Homotopy, prox_multipliers
 
 pytestmark = pytest.mark.gpu
@@ -42,7 +43,7 @@ def finished(action: Callable[[], Any]) -> Callable[[], None]:
 @pytest.mark.parametrize("lam", ["homotopy", "constant"])
 @pytest.mark.parametrize("kind", ["filter", "channel", "element"])
 def test_nothing_waits(benchmark: Any, kind: str, lam: str) -> None:
-    model = resnet18().cuda()
+    model = ResNet18().cuda()
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     schedule = Homotopy() if lam == "homotopy" else 0.1
     regularizer = WGSEF(model, k=0.25, lam=schedule, grouping=kind, total_steps=1000)

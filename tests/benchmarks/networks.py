@@ -8,41 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from examples.residual_networks import ResNet18
 from lightning_wgsef import GroupedLayer, Groups, Member
 
 CLASSES = 10
-
-
-class Residual(nn.Module):
-    """Two 3x3 convolutions and a short cut (He et al. 2016)."""
-
-    def __init__(self, inputs: int, outputs: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(outputs)
-        self.conv2 = nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(outputs)
-        self.short = nn.Sequential()
-        if inputs != outputs:
-            convolution = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-            self.short = nn.Sequential(convolution, nn.BatchNorm2d(outputs))
-
-    def forward(self, x: Tensor) -> Tensor:
-        inner = F.relu(self.bn1(self.conv1(x)))
-        return F.relu(self.bn2(self.conv2(inner)) + self.short(x))
-
-
-def resnet18() -> nn.Module:
-    """ResNet18 with a 3x3 stem and no pooling behind it, as usual for 32x32 images."""
-    layers: list[nn.Module] = [
-        nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.BatchNorm2d(64), nn.ReLU(),
-    ]  # fmt: skip
-    width = 64
-    for outputs in (64, 128, 256, 512):
-        layers += [Residual(width, outputs, 1 if width == outputs else 2)]
-        layers += [Residual(outputs, outputs, 1)]
-        width = outputs
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, CLASSES))
 
 
 def vgg16() -> nn.Module:
@@ -92,7 +61,7 @@ class ViT(nn.Module):
 def shapes(name: str) -> Iterator[torch.Size]:
     """The shapes of all weights of convolutions and dense layers."""
     with torch.device("meta"):
-        network = {"ResNet18": resnet18, "VGG16": vgg16, "ViT-B/16": lambda: ViT(12)}[name]()
+        network = {"ResNet18": ResNet18, "VGG16": vgg16, "ViT-B/16": lambda: ViT(12)}[name]()
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.Linear):
             yield layer.weight.shape
