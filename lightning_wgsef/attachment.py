@@ -11,10 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wgsef.competitors import value_and_gap
+from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.half_space import HalfSpace, inside_half_space
 from lightning_wgsef.masks import Convergence, Masks, apply_masks, clear_moments
 from lightning_wgsef.proximal_step import ProximalStep
+from lightning_wgsef.saved_state import check_state
 from lightning_wgsef.schedules import CubicRamp, in_steps
 
 LOOK_EVERY = 50
@@ -95,9 +97,7 @@ class Attachment:
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""
         if self.masks is None and self._in_half_space_stage():
-            self._before = {
-                member.name: member.parameter.detach().clone() for member in self.groups.members
-            }
+            self._before = {m.name: m.weights.clone() for m in self.groups.members}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -170,7 +170,12 @@ class Attachment:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
+        """Continue from `state_dict`.
+
+        Raises:
+            ValueError: the state is damaged, or of other groups.
+        """
+        check_state(state, self.state_dict(), self.groups)
         device = self.groups.device
 
         def here(tensor: Tensor | None) -> Tensor | None:
@@ -274,6 +279,12 @@ def trained_by(groups: Groups, optimizer: Optimizer) -> Iterator[str]:
             )
         if mine:
             yield layer.name
+
+
+def holds(optimizer: Optimizer, layer: GroupedLayer) -> bool:
+    """Does the optimizer hold parameters of the layer, trainable or not?"""
+    own = {id(member.parameter) for member in layer.members}
+    return any(id(p) in own for group in optimizer.param_groups for p in group["params"])
 
 
 def _name(layer: Any) -> str:

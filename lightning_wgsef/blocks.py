@@ -27,7 +27,7 @@ class Block:
     rows: slice | None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The block's part of a tensor that is shaped like the parameter; a view."""
+        """The block's part of a tensor that is shaped like the weights; a view."""
         matrix = None if self.rows is None else self.member.as_rows(tensor)
         return self.member.seen(tensor.detach()) if matrix is None else matrix[self.rows]
 
@@ -52,7 +52,7 @@ def blocks(member: Member) -> Iterator[Block]:
     >>> [block.rows for block in blocks(Member("fc.weight", weight, axes=(0,)))][:2]
     [slice(0, 131, None), slice(131, 262, None)]
     """
-    rows = member.as_rows(member.parameter)
+    rows = member.as_rows(member.weights)
     if rows is None or member.parameter.device.type != "cpu":
         yield Block(member, None)
         return
@@ -62,11 +62,11 @@ def blocks(member: Member) -> Iterator[Block]:
 
 
 def laid_along(member: Member, per_slice: Tensor) -> Tensor:
-    """A number of every slice, laid along the matrix of ``member`` or along its parameter."""
-    if member.as_rows(member.parameter) is None or member.parameter.device.type != "cpu":
-        return per_slice.view([n if a in member.axes else 1 for a, n in enumerate(member.extent)])
+    """A number of every slice, laid along the matrix of ``member`` or along its weights."""
+    if member.as_rows(member.weights) is None or member.parameter.device.type != "cpu":
+        return member.laid(per_slice)
     if member.down_columns:
-        columns = member.parameter.numel() // member.extent[0] // member.slices
+        columns = member.weights.numel() // member.extent[0] // member.slices
         return per_slice.view(-1, 1).expand(-1, columns).reshape(1, -1)
     return per_slice.view(-1, 1)
 

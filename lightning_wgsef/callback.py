@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lightning_wgsef.callback_base import Callback
 from lightning_wgsef.groupings.costs import Costs, check_costs
 from lightning_wgsef.groupings.layer_budgets import Budget, check_budget
 from lightning_wgsef.groupings.layer_weights import Weights, check_weights
 from lightning_wgsef.groupings.parameters import check_overlap
 from lightning_wgsef.groupings.registry import Grouping, check_grouping
+from lightning_wgsef.groupings.whole_model import whole_model
 from lightning_wgsef.half_space import HalfSpace, as_half_space
 from lightning_wgsef.masks import apply_masks_to
 from lightning_wgsef.penalties import Envelope, Penalty
@@ -33,16 +33,9 @@ from lightning_wgsef.slim_files import write_slim
 from lightning_wgsef.whole_files import check_writable
 
 if TYPE_CHECKING:
-    from pytorch_lightning import Callback, LightningModule, Trainer
-else:
-    # pytorch_lightning and lightning.pytorch are two class hierarchies; a Trainer of one rejects a
-    # callback of the other. One class that inherits from both works in both.
-    _packages = [name for name in ("pytorch_lightning", "lightning") if find_spec(name)]
-    _modules = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.pytorch"}
-    _bases = tuple(import_module(_modules[name]).Callback for name in _packages)
-    Callback = type("Callback", _bases, {})
+    from pytorch_lightning import LightningModule, Trainer
 
-_UNSUPPORTED = ("FSDPStrategy", "DeepSpeedStrategy", "ModelParallelStrategy")
+_UNSUPPORTED = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 class WGSEFCallback(Callback):
@@ -101,22 +94,22 @@ class WGSEFCallback(Callback):
 
     def __init__(
         self,
-        k: Budget | CubicRamp = 0.5,
+        k: CubicRamp | Budget = 0.5,  # a command line tries these in turn: a ramp is a mapping
         lam: float | Schedule | None = None,
         grouping: Grouping = "channel",
         *,
-        scope: str = "layer",
+        scope: Literal["layer", "global"] = "layer",
         weights: Weights = None,
         costs: Costs = None,
         example_input: Any | None = None,
-        overlap: str = "error",
+        overlap: Literal["error", "first"] = "error",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         debias: float | None = None,
-        metric: str = "identity",
+        metric: Literal["auto", "group", "identity"] = "identity",
         penalty: Penalty | None = None,
         half_space: float | HalfSpace | None = None,
-        freeze: str | int | float | None = "converged",
+        freeze: Literal["converged"] | int | float | None = "converged",
         masks: str | Path | None = None,
         slim_to: str | Path | None = None,
         name: str | None = None,
@@ -180,17 +173,22 @@ class WGSEFCallback(Callback):
             checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies under which the weights cannot be edited yet."""
+        """Refuse strategies under which the weights cannot be edited."""
         names = {base.__name__ for base in type(trainer.strategy).__mro__}
         for unsupported in _UNSUPPORTED:
             if stage == "fit" and unsupported in names:
                 raise ValueError(
-                    f"strategy={unsupported} shards the weights and is not supported by "
-                    "WGSEFCallback yet; use strategy='auto' or 'ddp'"
+                    f"strategy={unsupported} flattens the weights of several layers into one "
+                    "vector, in which WGSEFCallback finds no groups; use 'ddp', or "
+                    "ModelParallelStrategy with fully_shard (FSDP2) in configure_model"
                 )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Group the weights, with everything that can be wrong about them, before training."""
+        if not _restores_later(trainer):
+            self._group(trainer, pl_module)
+
+    def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
         earlier = self.regularizer
         if earlier is not None and earlier.model is not pl_module:
             self._state = {}
@@ -213,6 +211,8 @@ class WGSEFCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to this fit's optimizers and continue from the saved state, if any."""
+        if _restores_later(trainer):
+            self._group(trainer, pl_module)
         assert self.regularizer is not None
         self._averages_masked = False
         steps = trainer.estimated_stepping_batches
@@ -264,10 +264,13 @@ class WGSEFCallback(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the network without its zero groups; training is not lost if that fails."""
-        if self.slim_to is None or not trainer.is_global_zero:
+        if self.slim_to is None:
+            return
+        model = whole_model(pl_module)  # of weights that are sharded every process has a part
+        if not trainer.is_global_zero:
             return
         try:
-            report = write_slim(pl_module, self._example_input(pl_module), self.slim_to)
+            report = write_slim(model, self._example_input(pl_module), self.slim_to)
         except ValueError as error:
             warnings.warn(f"slim_to: nothing was written: {error}", stacklevel=2)
         else:
@@ -290,3 +293,8 @@ class WGSEFCallback(Callback):
     def _detach(self) -> None:
         if self.regularizer is not None:
             self.regularizer.detach()
+
+
+def _restores_later(trainer: Trainer) -> bool:
+    """Are the weights of a checkpoint restored between the start of the fit and of training?"""
+    return trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None

@@ -58,8 +58,11 @@ def load_masks(path: str) -> dict[str, Tensor]:
         ValueError: a file of something else.
     """
     content = _read(path)
-    if not isinstance(content, dict) or not all(isinstance(x, Tensor) for x in content.values()):
-        raise ValueError(f"masks: {path} must hold a dict of tensors by name of the parameter")
+    if not isinstance(content, dict) or not all(
+        isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
+        for x in content.values()
+    ):
+        raise ValueError(f"masks: {path} must hold a dict of dense tensors by name of parameter")
     return content
 
 

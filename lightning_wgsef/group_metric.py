@@ -44,7 +44,7 @@ class GroupMetric:
         """Read D from the state of the optimizer as it is now."""
         if not self._diagonals:
             self._diagonals = [
-                torch.empty_like(member.parameter, dtype=self.groups.dtype)
+                torch.empty_like(member.weights, dtype=self.groups.dtype)
                 for member in self.groups.members
             ]
         for member, diagonal in zip(self.groups.members, self._diagonals, strict=True):
@@ -55,7 +55,7 @@ class GroupMetric:
                 continue
             settings = self._settings.get(id(parameter), {})
             shaped = {
-                key: value
+                key: member.own(value)
                 for key, value in state.items()
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
             }
@@ -112,7 +112,7 @@ class GroupMetric:
             factors.div_(denominators)
             if allowed is not None:
                 factors = torch.where(allowed, factors, 1)
-            values = block.of(block.member.parameter)
+            values = block.of(block.member.weights)
             values.mul_(factors.to(values.dtype))
 
     def _room(self, slot: int, like: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ class GroupMetric:
         """Sum over every group the terms that ``of`` makes of values, D and per-group numbers."""
         totals: dict[int, list[list[Tensor]]] = {}
         for block, metric, per_slice in self._walk(*per_group):
-            values = block.of(block.member.parameter).to(metric.dtype)
+            values = block.of(block.member.weights).to(metric.dtype)
             parts = [block.sum(term) for term in of(values, metric, per_slice)]
             totals.setdefault(id(block.member), []).append(parts)
         per_member = [

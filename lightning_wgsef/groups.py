@@ -13,7 +13,9 @@ from torch import Tensor
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.members import Member
 from lightning_wgsef.overlap import Claims
+from lightning_wgsef.owners import counted_owners, owners_of_slices
 from lightning_wgsef.segments import Segments
+from lightning_wgsef.sharding import is_sharded, part_of
 from lightning_wgsef.tables import format_table
 
 
@@ -83,12 +85,17 @@ class Groups:
         self.weights = self._joined([layer.weights for layer in self.layers], self.dtype)
         # Whether costs fit a budget is a matter of their last digits.
         self.costs = self._joined([layer.costs for layer in self.layers], torch.float64)
-        self.members = [member for layer in self.layers for member in layer.members]
+        # Of parameters that are sharded, what lies on this process.
+        self.members = [part_of(member) for layer in self.layers for member in layer.members]
+        self._is_sharded = any(map(is_sharded, parameters))
         counts = torch.tensor(self.counts, dtype=torch.long)
         self.starts = (counts.cumsum(0) - counts).to(device)
         self._counts = counts.to(device)
         self._slices = [member.slices for member in self.members]
-        self._owners = self._owner_of_slices()
+        self._owners = owners_of_slices(self.layers, self.members)
+        self._counted = self._owners
+        if self._is_sharded:
+            self._counted = counted_owners(self._owners, self.members, len(self))
         self._own_weights = self.weights
         self._is_relative = self.is_global and any(layer.relative for layer in self.layers)
         self.weigh(self.norms() if self._is_relative else None)
@@ -174,7 +181,7 @@ class Groups:
             member.norms(None if values is None else self._like(member, values), self.dtype)
             for member in self.members
         ]
-        if self._owners is None:
+        if self._counted is None:
             return torch.cat(slices) if slices else torch.zeros(0, dtype=self.dtype)
         return self.gathered([norms.square_() for norms in slices]).sqrt_()
 
@@ -182,7 +189,7 @@ class Groups:
     def alive(self, values: Mapping[str, Tensor] | None = None) -> Tensor:
         """Has the group a weight that is not exactly zero? Booleans, shape (m,)."""
         slices = [
-            member.nonzeros(member.parameter if values is None else self._like(member, values))
+            member.nonzeros(member.weights if values is None else self._like(member, values))
             for member in self.members
         ]
         return self.gathered(slices) > 0
@@ -201,29 +208,22 @@ class Groups:
         return torch.split_with_sizes(per_group, self._slices)
 
     def gathered(self, per_slice: Sequence[Tensor]) -> Tensor:
-        """Sum a number of every slice of each member over the slices of each group, shape (m,)."""
+        """Sum a number of every slice of each member over the slices of each group, shape (m,).
+
+        Where parameters are sharded over processes, every process has to ask, and gets the sum
+        over all of them.
+        """
         slices = torch.cat(list(per_slice)) if per_slice else torch.zeros(0)
-        if self._owners is None:
+        if self._counted is None:
             return slices
-        totals = slices.new_zeros(len(self) + 1)
-        return totals.index_add_(0, self._owners, slices)[:-1]
+        totals = slices.new_zeros(len(self) + 1).index_add_(0, self._counted, slices)[:-1]
+        if self._is_sharded:
+            totals = totals.contiguous()
+            torch.distributed.all_reduce(totals)
+        return totals
 
     def _like(self, member: Member, values: Mapping[str, Tensor]) -> Tensor:
-        return values[member.name].to(member.parameter.device)
-
-    def _owner_of_slices(self) -> Tensor | None:
-        """The group of every slice of every member, m for none; None: slice i is group i."""
-        if all(len(x.members) == 1 and x.members[0].index is None for x in self.layers):
-            return None
-        owners, first = [], 0
-        for layer in self.layers:
-            for member in layer.members:
-                index = torch.arange(layer.count) if member.index is None else member.index.cpu()
-                owners.append(torch.where(index < 0, len(self), index + first))
-            first += layer.count
-        joined = torch.cat(owners) if owners else torch.zeros(0, dtype=torch.long)
-        plain = len(joined) == len(self) and bool((joined == torch.arange(len(self))).all())
-        return None if plain else joined.to(self.device)
+        return member.own(values[member.name]).to(member.parameter.device)
 
     def check_disjoint(self, other: Groups | None = None) -> None:
         """Refuse a weight that two groups claim, inside these groups or between these and others.

@@ -80,7 +80,7 @@ def inside_half_space(groups: Groups, before: Mapping[str, Tensor], epsilon: flo
     for member in groups.members:
         block = Block(member, None)
         old = before[member.name].to(groups.dtype)
-        trial = member.parameter.detach().to(groups.dtype)
+        trial = member.weights.to(groups.dtype)
         products.append(block.sum(trial * old))
         squares.append(block.sum(old * old))
     square = groups.gathered(squares)

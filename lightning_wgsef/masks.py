@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.whole_model import on_model
 from lightning_wgsef.groups import Groups
+from lightning_wgsef.members import Member
 
 Masks = dict[str, Tensor]
 """For every layer, by name, a boolean for every group: alive?"""
@@ -51,12 +53,8 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
 
 def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:
     """Set dead groups to exactly zero, in place."""
-    for layer in groups.layers:
-        alive = masks[layer.name]
-        for member in layer.members:
-            dead = ~member.along(alive, True)
-            weights = member.seen(member.parameter.detach())
-            weights.masked_fill_(dead.to(weights.device), 0)
+    for member, dead in _dead(groups, masks):
+        member.seen(member.weights).masked_fill_(dead, 0)
 
 
 def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor]) -> None:
@@ -73,23 +71,21 @@ def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor
     ([0.0, 0.0], True)
     """
     inner = module.module if isinstance(module, AveragedModel) else module
-    own = {canonical_name(name): parameter for name, parameter in inner.named_parameters()}
-    layers = [
-        replace(x, members=tuple(replace(m, parameter=own[m.name]) for m in x.members))
-        for x in groups.layers
-        if x.name in masks
-    ]
-    apply_masks(Groups(layers), masks)
+    layers = [layer for layer in groups.layers if layer.name in masks]
+    apply_masks(Groups(on_model(layers, inner)), masks)
 
 
 def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:
-    """Zero the optimizer's moments of dead groups: all state that is shaped like its parameter."""
-    for layer in groups.layers:
-        for member in layer.members:
-            dead = ~member.along(masks[layer.name], True)
-            for value in optimizer.state.get(member.parameter, {}).values():
-                if isinstance(value, Tensor) and value.shape == member.parameter.shape:
-                    member.seen(value).masked_fill_(dead.to(value.device), 0)
+    """Zero the optimizer's moments of dead groups: all state that is shaped like its parameter.
+
+    A `ZeroRedundancyOptimizer` keeps the state of this process in an optimizer of its own.
+    """
+    local = getattr(optimizer, "optim", None)
+    holder = local if isinstance(local, Optimizer) else optimizer
+    for member, dead in _dead(groups, masks):
+        for value in holder.state.get(member.parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == member.parameter.shape:
+                member.seen(member.own(value)).masked_fill_(dead.to(value.device), 0)
 
 
 def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
@@ -101,7 +97,11 @@ def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of something else fails in any way inside the unpickler
-        raise ValueError(f"masks: {str(path)!r} cannot be read as a checkpoint: {error}") from error
+        # torch's own words recommend to execute the file.
+        raise ValueError(
+            f"masks: {str(path)!r} cannot be read as a checkpoint: there is no such file, or it is "
+            f"truncated, or holds more than numbers and text ({type(error).__name__})"
+        ) from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict):
         raise ValueError(f"masks: {str(path)!r} holds {type(content).__name__}, no state_dict")
@@ -136,9 +136,22 @@ class Convergence:
         return self.unchanged >= self.patience
 
 
+def _dead(groups: Groups, masks: Mapping[str, Tensor]) -> Iterator[tuple[Member, Tensor]]:
+    """Every member, and which of its weights are dead, to broadcast with them."""
+    nobody = torch.zeros(0, dtype=torch.bool, device=groups.device)
+    alive = torch.cat([nobody, *(masks[layer.name].to(groups.device) for layer in groups.layers)])
+    for member, part in zip(groups.members, groups.spread(alive, True), strict=True):
+        yield member, ~member.laid(part)
+
+
 def _check_like(name: str, found: object, parameter: Tensor) -> None:
     if not isinstance(found, Tensor):
         raise ValueError(f"the checkpoint has no weight '{name}': it is of another model")
+    if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
+        raise ValueError(
+            f"the checkpoint's '{name}' must be a dense tensor of floats, it has dtype "
+            f"{found.dtype}, layout {found.layout} and is on {found.device}"
+        )
     if found.shape != parameter.shape:
         raise ValueError(
             f"the checkpoint's '{name}' has shape {tuple(found.shape)}, the model's has "

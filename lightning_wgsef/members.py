@@ -68,12 +68,21 @@ class Member:
             )
 
     @property
+    def weights(self) -> Tensor:
+        """The values of the parameter."""
+        return self.parameter.detach()
+
+    def own(self, tensor: Tensor) -> Tensor:
+        """Of a tensor that is shaped like the parameter, what `weights` is of the parameter."""
+        return tensor.detach()
+
+    @property
     def extent(self) -> Sequence[int]:
-        """The shape in which the parameter is seen."""
+        """The shape in which the weights are seen."""
         return self.parameter.shape if self.shape is None else self.shape
 
     def seen(self, tensor: Tensor) -> Tensor:
-        """``tensor``, shaped like the parameter, in the shape in which that is seen; a view."""
+        """``tensor``, shaped like the weights, in the shape in which they are seen; a view."""
         return tensor if self.shape is None else tensor.view(self.shape)
 
     @property
@@ -89,10 +98,10 @@ class Member:
     @property
     def slice_size(self) -> int:
         """Number of weights in one slice."""
-        return self.parameter.numel() // max(self.slices, 1)
+        return self.weights.numel() // max(self.slices, 1)
 
     def as_rows(self, tensor: Tensor) -> Tensor | None:
-        """``tensor``, shaped like the parameter, as a matrix of slices, or of parts of slices.
+        """``tensor``, shaped like the weights, as a matrix of slices, or of parts of slices.
 
         Slices along the first axes are its rows, those along the second axis, or along all but the
         first, its columns. Work on a matrix runs at the speed of memory, on general axes it does
@@ -104,10 +113,10 @@ class Member:
         return tensor.detach().view(self.slices if leading else self.extent[0], -1)
 
     def norms(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Norm of every slice, in ``dtype``, of the parameter or of ``values`` shaped like it."""
-        rows = self.as_rows(self.parameter) if values is None else None
+        """Norm of every slice, in ``dtype``, of the weights or of ``values`` shaped like them."""
+        rows = self.as_rows(self.weights) if values is None else None
         if rows is None:
-            values = self.seen(self.parameter.detach() if values is None else values)
+            values = self.seen(self.weights if values is None else values)
             if values.dtype == torch.float64 != dtype:  # torch does not accumulate in less
                 values = values.to(dtype)
             summed = [a for a in range(values.dim()) if a not in self.axes]
@@ -123,10 +132,9 @@ class Member:
 
     def scale_(self, per_slice: Tensor) -> None:
         """Multiply every slice by its factor, in place."""
-        rows = self.as_rows(self.parameter)
+        rows = self.as_rows(self.weights)
         if rows is None:
-            shape = [n if a in self.axes else 1 for a, n in enumerate(self.extent)]
-            self.seen(self.parameter.detach()).mul_(per_slice.view(shape))
+            self.seen(self.weights).mul_(self.laid(per_slice))
         elif self.down_columns:
             columns = per_slice.view(-1, 1).expand(-1, rows.shape[1] // self.slices)
             rows.mul_(columns.reshape(1, -1))
@@ -139,13 +147,16 @@ class Member:
         summed = [a for a in range(nonzero.dim()) if a not in self.axes]
         return (nonzero.sum(dim=summed) if summed else nonzero).flatten()
 
+    def laid(self, per_slice: Tensor) -> Tensor:
+        """A number of every slice, to broadcast with the weights as `seen`."""
+        return per_slice.view([n if a in self.axes else 1 for a, n in enumerate(self.extent)])
+
     def along(self, per_group: Tensor, outside: float | bool) -> Tensor:
-        """``per_group`` to broadcast with the parameter as `seen`; ``outside`` for no group."""
+        """A number of every group, like `laid`; ``outside`` for what is in no group."""
         per_slice = per_group
         if self.index is not None:
             per_slice = torch.cat([per_group, per_group.new_full((1,), outside)])[self.index]
-        shape = [n if a in self.axes else 1 for a, n in enumerate(self.extent)]
-        return per_slice.view(shape)
+        return self.laid(per_slice)
 
 
 def gather(per_slice: Tensor, index: Tensor | None, count: int) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_wgsef.attachment import Attachment, trained_by
+from lightning_wgsef.attachment import Attachment, holds, trained_by
 from lightning_wgsef.competitors import value_and_gap
 from lightning_wgsef.curves import curves
 from lightning_wgsef.groupings.costs import Costs
@@ -23,6 +23,7 @@ from lightning_wgsef.half_space import HalfSpace, as_half_space
 from lightning_wgsef.masks import Masks, masks_from_checkpoint, masks_from_zeros
 from lightning_wgsef.penalties import Envelope, Penalty
 from lightning_wgsef.proximal_step import ProximalStep, check_step
+from lightning_wgsef.saved_state import parts_of
 from lightning_wgsef.schedules import (
     CubicRamp,
     Schedule,
@@ -238,22 +239,20 @@ class WGSEF:
         """Continue from `state_dict`, after the optimizers were attached.
 
         Raises:
-            ValueError: the state is of other layers or groups, or no optimizer trains them.
+            ValueError: the state is damaged, of other layers or groups, or no optimizer trains
+                them.
         """
+        # A layer that waits for its gradient in an optimizer is one of this optimizer, too.
         optimizers = {
-            layer.name: part.optimizer for part in self.attachments for layer in part.groups.layers
+            layer.name: hooks.optimizer
+            for hooks in self._hooks
+            for layer in self.groups.layers
+            if holds(hooks.optimizer, layer)
         }
         counts = dict(zip((x.name for x in self.groups.layers), self.groups.counts, strict=True))
         restored = []
-        for saved in state["attachments"]:
-            layers: dict[str, int] = saved["layers"]
-            unknown = {n: m for n, m in layers.items() if counts.get(n) != m or n not in optimizers}
-            if unknown:
-                raise ValueError(
-                    f"the saved state is of other groups: it has {unknown} (layer: groups), this "
-                    f"model has {counts}, of which optimizers train {list(optimizers)}; resume "
-                    "with the same model, grouping, include and exclude, or start without it"
-                )
+        for saved in parts_of(state, counts, optimizers):
+            layers = saved["layers"]
             part = self._attachment(
                 self.groups.only(layers), optimizers[next(iter(layers))], saved["total_steps"]
             )

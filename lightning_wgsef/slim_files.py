@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import safetensors
+import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_wgsef.groupings.layers import canonical_name
+from lightning_wgsef.groupings.layers import canonical_name, modules_by_name
 from lightning_wgsef.groupings.removal_plan import RemovalPlan
 from lightning_wgsef.network_report import network_report
 from lightning_wgsef.slimming import Slimming, slim
@@ -120,14 +123,15 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     header, tensors = _read(Path(path))
     try:
         plans = [_plan(values) for values in json.loads(header["plans"])]
-        tied: dict[str, str] = dict(json.loads(header["tied"]))
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        tied = {str(name): str(other) for name, other in json.loads(header["tied"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
     model = make_model()
     model = getattr(model, "_orig_mod", model)
     made = f"make_model makes another network than the {header.get('model')} in {path}"
     try:
         for plan in plans:
+            _check_plan(plan, model)
             plan.apply(model)
     except Exception as error:  # a plan of another network can fail in any way
         raise ValueError(f"{made}: {type(error).__name__}: {error}") from error
@@ -137,11 +141,11 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     if missing or foreign:
         raise ValueError(f"{made}: missing {sorted(missing)}, not known {sorted(foreign)}")
     for name, raw in own.items():
-        shape = model.state_dict()[raw].shape
-        if shape != state[name].shape:
+        mine, found = model.state_dict()[raw], state[name]
+        if mine.shape != found.shape or not torch.can_cast(found.dtype, mine.dtype):
             raise ValueError(
-                f"{made}: {name!r} has shape {tuple(shape)}, the file has "
-                f"{tuple(state[name].shape)}"
+                f"{made}: {name!r} has shape {tuple(mine.shape)} and is {mine.dtype}, the file has "
+                f"{tuple(found.shape)}, {found.dtype}"
             )
     model.load_state_dict({own[name]: value for name, value in state.items()})
     model.slimming = Slimming(plans)
@@ -177,3 +181,42 @@ def _plan(values: dict[str, Any]) -> RemovalPlan:
         for module, own in values.pop("sizes").items()
     }
     return RemovalPlan(kept=kept, sizes=sizes, **values)
+
+
+def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
+    """Raise `ValueError` unless the plan takes something out of ``model``, and does nothing else.
+
+    Indices that repeat would make it larger, up to all of the memory.
+    """
+    modules = modules_by_name(model)
+    for name, heads in plan.heads.items():
+        attention = modules[name]
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(f"'{name}' is a {type(attention).__name__}, which has no heads")
+        _check_increasing(f"heads[{name!r}]", heads, attention.num_heads)
+    for name, axes in plan.kept.items():
+        path, _, tensor = name.rpartition(".")
+        shape = getattr(modules[path], tensor).shape
+        for axis, kept in axes.items():
+            _check_increasing(f"kept[{name!r}][{axis}]", kept, shape[axis])
+    for path, sizes in plan.sizes.items():
+        for attribute, size in sizes.items():
+            before = getattr(modules[path], attribute)
+            if not _is_smaller(size, before):
+                raise ValueError(
+                    f"sizes[{path!r}]: {attribute} of {before!r} cannot be {reprlib.repr(size)}"
+                )
+
+
+def _check_increasing(name: str, indices: object, size: int) -> None:
+    whole = isinstance(indices, list) and all(type(index) is int for index in indices)
+    if not whole or any(a >= b for a, b in pairwise([-1, *indices, size])):  # type: ignore[misc]
+        raise ValueError(
+            f"{name} must be increasing indices below {size}, got {reprlib.repr(indices)}"
+        )
+
+
+def _is_smaller(size: object, before: object) -> bool:
+    if isinstance(size, tuple) and isinstance(before, tuple) and len(size) == len(before):
+        return all(map(_is_smaller, size, before))
+    return type(size) is int and type(before) is int and 0 <= size <= before

@@ -17,64 +17,11 @@ from lightning_wgsef.groupings.layers import WeightedLayer, weighted_layers
 from lightning_wgsef.groupings.operations import tensors
 from lightning_wgsef.latency import alternating_times, compared, evaluation
 from lightning_wgsef.network_report import LayerStorage, Storage
+from lightning_wgsef.sparse_linear import BETA, SparseLinear, sparse_matrix
 
 LAYOUTS = ("bsr", "csr", "2:4")
 _TOLERANCE = 1e-5
 _REPEATS, _WARM_UP = 20, 3
-_BETA = "Sparse .* tensor support is in beta state"
-
-
-class SparseLinear(nn.Module):
-    """`nn.Linear` with its weight in compressed rows (CSR) or blocks of rows (BSR), to predict.
-
-    The state holds plain tensors: ``values`` with the stored weights, shape (n,), or (n, rows,
-    columns) of blocks; ``row_starts`` and ``columns``, int32, where they are; ``bias``. A state
-    whose indices fit no matrix of this shape is a `ValueError`.
-
-    Args:
-        weight: sparse, as ``to_sparse_csr`` or ``to_sparse_bsr`` make it, shape (out, in).
-        bias: shape (out,).
-
-    >>> network = nn.Linear(9, 1)
-    >>> network.weight.data = torch.tensor([[0.0, 2.0, 0.0, 0.0, 3.0, 0.0, 0.0, 0.0, 0.0]])
-    >>> layer = to_sparse(network, "csr", torch.ones(1, 9))
-    >>> layer.values.tolist(), layer.columns.tolist(), layer.row_starts.tolist()
-    ([2.0, 3.0], [1, 4], [0, 2])
-    """
-
-    row_starts: Tensor
-    columns: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.out_features, self.in_features = weight.shape
-        self.values = nn.Parameter(weight.values().detach().clone(), requires_grad=False)
-        self.register_buffer("row_starts", weight.crow_indices().to(torch.int32, copy=True))
-        self.register_buffer("columns", weight.col_indices().to(torch.int32, copy=True))
-        frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
-        self.register_parameter("bias", frozen)
-        # An index beyond the matrix would read foreign memory.
-        self.register_load_state_dict_post_hook(_check_indices)  # type: ignore[no-untyped-call]
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight as a sparse tensor that shares the memory of the state."""
-        shape = self.out_features, self.in_features
-        return _matrix(self.row_starts, self.columns, self.values, shape)
-
-    def forward(self, input: Tensor) -> Tensor:
-        """As `nn.Linear`: shape (.., in_features) to (.., out_features)."""
-        rows, weight = input.reshape(-1, self.in_features), self.weight
-        # W X^T: several times as fast as X W^T, for which torch turns the sparse matrix around.
-        # For a single row the product with a vector is faster still, but only without blocks.
-        if len(rows) == 1 and weight.layout == torch.sparse_csr:
-            outputs = torch.mv(weight, rows[0])[None]
-        else:
-            outputs = torch.mm(weight, rows.T).T.contiguous()
-        if self.bias is not None:
-            outputs = outputs + self.bias
-        return outputs.view(*input.shape[:-1], self.out_features)
 
 
 def to_sparse(
@@ -144,7 +91,7 @@ def load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         state: as `torch.load` returns it, also with ``weights_only=True``.
 
     Raises:
-        ValueError: a sparse layer that the model lacks, or indices that do not fit it.
+        ValueError: a sparse layer that the model lacks, of another dtype, or of unfit indices.
         RuntimeError: other names or shapes differ, as in ``load_state_dict``.
 
     >>> network = nn.Sequential(nn.Linear(32, 16))
@@ -157,14 +104,21 @@ def load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     copied = model_copy(model)
     modules = dict(copied.named_modules(remove_duplicate=False))
     replacements: dict[nn.Module, nn.Module] = {}
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
+        raise ValueError(f"state must be a state_dict, got {type(state).__name__}")
     for name in (key.rpartition(".")[0] for key in state if key.split(".")[-1] == "row_starts"):
         module = modules.get(name)
         if not isinstance(module, nn.Linear):
             raise ValueError(f"state has a sparse layer '{name}', which is no nn.Linear of model")
+        parts = [state.get(f"{name}.{x}".lstrip(".")) for x in ("row_starts", "columns", "values")]
+        starts, columns, values = (part if isinstance(part, Tensor) else None for part in parts)
+        if starts is None or columns is None or values is None:
+            raise ValueError(f"state: '{name}' needs tensors row_starts, columns and values")
         shape = (module.out_features, module.in_features)
-        parts = [state[f"{name}.{x}".lstrip(".")] for x in ("row_starts", "columns", "values")]
-        layer = SparseLinear(_matrix(parts[0], parts[1], parts[2], shape, check=True), module.bias)
-        replacements[module] = layer.to(module.weight.device)
+        weight = sparse_matrix(starts, columns, values, shape, check=True)
+        if weight.dtype != module.weight.dtype:
+            raise ValueError(f"state: '{name}' is {weight.dtype}, in model {module.weight.dtype}")
+        replacements[module] = SparseLinear(weight, module.bias).to(module.weight.device)
     sparse = _replaced(copied, replacements)
     sparse.load_state_dict(state)
     return sparse
@@ -219,7 +173,7 @@ def _compressed(
         sparse.weight = nn.Parameter(packed, requires_grad=False)
         return sparse, sum(getattr(packed, name).nbytes for name in packed.__tensor_flatten__()[0])
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=_BETA)
+        warnings.filterwarnings("ignore", message=BETA)
         compressed = weight.to_sparse_csr() if layout == "csr" else weight.to_sparse_bsr(blocksize)
     layer = SparseLinear(compressed, module.bias)  # type: ignore[arg-type]
     return layer, layer.values.nbytes + layer.row_starts.nbytes + layer.columns.nbytes
@@ -276,23 +230,3 @@ def _check_same(what: str, found: list[Tensor], expected: list[Tensor]) -> None:
         tolerance = max(_TOLERANCE, 4 * precision)
         if not (difference := relative_difference([one], [other])) <= tolerance:
             raise ValueError(f"{what} would differ by {difference:.3g} of the largest output")
-
-
-def _matrix(
-    starts: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int], check: bool = False
-) -> Tensor:
-    layout = torch.sparse_csr if values.dim() == 1 else torch.sparse_bsr
-    made = partial(torch.sparse_compressed_tensor, starts, columns, values, shape, layout=layout)
-    if not check:
-        return made(check_invariants=False)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=_BETA)
-            return made(check_invariants=True)
-    except RuntimeError as error:
-        raise ValueError(f"indices of a sparse layer of shape {shape}: {error}") from error
-
-
-def _check_indices(layer: SparseLinear, _: object) -> None:
-    shape = layer.out_features, layer.in_features
-    _matrix(layer.row_starts, layer.columns, layer.values, shape, check=True)

@@ -141,6 +141,7 @@ def write_bad_files():
     torch.save({**Dense().state_dict(), "c": torch.ones(2)}, "more.pt")
     torch.save({"state_dict": {}, "hyper_parameters": 3, "hparams_name": []}, "three.ckpt")
     torch.save({"c.weight": torch.ones(2)}, "other_masks.pt")
+    torch.save({"b.weight": torch.ones(2, 2).to_sparse()}, "sparse.pt")
     torch.save({"a.weight": torch.ones(3, 4)}, "small_masks.pt")
     save_file({"a": torch.ones(2)}, "other.safetensors")
 
@@ -213,7 +214,11 @@ BAD = {
         [*slimmed(), "--masks", "small_masks.pt"],
         ["masks: 'a.weight' must have the shape of the parameter, (32, 4), got (3, 4)"],
     ),
-    "no masks": ([*slimmed(), "--masks", "last.ckpt"], ["last.ckpt must hold a dict of tensors"]),
+    "no masks": ([*slimmed(), "--masks", "last.ckpt"], ["last.ckpt must hold a dict of dense tensors"]),
+    "sparse masks": (
+        [*slimmed(), "--masks", "sparse.pt"],
+        ["sparse.pt must hold a dict of dense tensors"],
+    ),
     "random outputs": (slimmed(options=of("cli_networks.Random")), ["the outputs of Random"]),
     "random outputs, exported": (
         [*exported("pt2", options=of("cli_networks.Random")), "--slim"],

@@ -1,4 +1,4 @@
-"""Cases 8 to 10, 15 and 25: parameters and callbacks that come, go, stop and start again."""
+"""Cases 9, 10, 15 and 25: trainings and callbacks that come, go, stop and start again."""
 
 from __future__ import annotations
 
@@ -28,84 +28,6 @@ from torch import Tensor, nn
 from trainers import make_trainer
 
 from lightning_wgsef import Homotopy, WGSEFCallback
-
-
-class Unfreezing(pl.callbacks.BaseFinetuning):
-    """net.3 joins the optimizer at the second epoch."""
-
-    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
-        self.freeze(pl_module.net[3])
-
-    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
-        if epoch == 1:
-            self.unfreeze_and_add_param_group(pl_module.net[3], optimizer, lr=RATE)
-
-
-class Trainable(Dense):
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trainable = [p for p in self.net.parameters() if p.requires_grad]
-        return torch.optim.SGD(trainable, lr=RATE)
-
-
-class Thawing(pl.Callback):
-    """All parameters are in the optimizer from the start; net.3 trains at the second epoch."""
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        pl_module.net[3].requires_grad_(trainer.current_epoch == 1)
-
-
-def two_stages() -> nn.Sequential:
-    """Five steps without net.3, and five with it."""
-    net = Dense().net
-    body = [*net[0].parameters(), *net[2].parameters()]
-    optimizer = torch.optim.SGD(body, lr=RATE)
-    net[3].requires_grad_(False)
-    slow_loop(single(5), net, optimizer, lambda net: slow_prox(net, layers=[2]))
-    net[3].requires_grad_(True)
-    optimizer.add_param_group({"params": list(net[3].parameters())})
-    return slow_loop(single(5), net, optimizer)
-
-
-def named() -> WGSEFCallback:
-    """A layer that is frozen when training starts is grouped where it is named."""
-    return WGSEFCallback(k=K, lam=LAM, freeze=None, include=["net.2", "net.3"])
-
-
-@pytest.mark.parametrize("first", [True, False])
-def test_case_08_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
-    model, callback = Trainable(), named()
-    both = [callback, Unfreezing()] if first else [Unfreezing(), callback]
-    with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
-        make_trainer(both, max_epochs=2).fit(model, data(5))
-    assert [part.taken for part in callback.regularizer.attachments] == [10, 5]
-    assert_same(model.net, two_stages())
-
-
-def test_case_08_parameters_that_thaw_inside_the_optimizer() -> None:
-    class Plain(Dense):
-        def configure_optimizers(self) -> torch.optim.Optimizer:
-            return torch.optim.SGD(self.net.parameters(), lr=RATE)
-
-    model, callback = Plain(), named()
-    model.net[3].requires_grad_(False)
-    with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
-        make_trainer([callback, Thawing()], max_epochs=2).fit(model, data(5))
-    assert [part.taken for part in callback.regularizer.attachments] == [10, 5]
-    assert_same(model.net, two_stages())
-
-
-def test_case_08_frozen_parameters_are_left_out() -> None:
-    model = Dense()
-    model.net[3].requires_grad_(False)
-    callback = WGSEFCallback(k=K, lam=LAM, freeze=None)
-    fit(model, 10, callback)
-    groups = callback.regularizer.groups
-    assert groups.left_out["net.3"] == "frozen: net.3.weight has no gradient"
-    twin = Dense().net
-    twin[3].requires_grad_(False)
-    slow_loop(single(10), twin, prox=lambda net: slow_prox(net, layers=[2]))
-    assert_same(model.net, twin)
-    assert torch.equal(model.net[3].weight, Dense().net[3].weight)
 
 
 def test_case_09_two_fits_go_on_and_another_model_starts_anew() -> None:

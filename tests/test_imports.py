@@ -25,12 +25,15 @@ FLOORS = {
     "roots": (0, 0),
     "segments": (0, 0),
     "slim_modules": (0, 0),
+    "sparse_linear": (0, 0),
     "tables": (0, 0),
     "whole_files": (0, 0),
+    "sharding": (0, 1),
     "blocks": (0, 1),
     "budgets": (0, 1),
     "grouped_layer": (0, 1),
     "overlap": (0, 2),
+    "owners": (0, 2),
     "groups": (0, 3),
     "schedules": (0, 1),
     "few": (0, 1),
@@ -44,6 +47,7 @@ FLOORS = {
     "penalties": (0, 4),
     "groupings.layers": (1, 0),
     "groupings.patterns": (1, 0),
+    "groupings.whole_model": (1, 1),
     "groupings.channels": (1, 1),
     "groupings.costs": (1, 1),
     "groupings.elements": (1, 1),
@@ -83,17 +87,19 @@ FLOORS = {
     "network_report": (1, 9),
     "sparse_storage": (1, 10),
     "proximal_step": (2, 0),
+    "saved_state": (2, 0),
     "step_hooks": (2, 0),
     "attachment": (2, 1),
     "regularizer": (2, 2),
     "slimming": (2, 0),
     "slim_files": (2, 1),
-    "callback": (3, 0),
+    "callback_base": (3, 0),
+    "callback": (3, 1),
     "cli_checkpoints": (3, 1),
     "cli": (3, 2),
     TOP: (4, 0),
 }
-MAY_IMPORT_LIGHTNING = {"callback"}
+MAY_IMPORT_LIGHTNING = {"callback", "callback_base"}
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 NEIGHBOURS = ("examples", "tests")
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from numbers import Integral
 from statistics import median
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from lightning_wgsef.groupings.example_runs import run_example
 from lightning_wgsef.groupings.layers import weighted_layers
 from lightning_wgsef.groups import Groups
 
-Costs = str | Tensor | Mapping[str, Tensor] | None
+Costs = Literal["flops", "latency", "params"] | Tensor | Mapping[str, Tensor] | None
 _NAMES = ("flops", "latency", "params")
 _KNOWN = ", ".join(map(repr, _NAMES))
 _WARM_UP = 2

@@ -103,9 +103,17 @@ def model_copy(model: nn.Module) -> nn.Module:
     """
     model = getattr(model, "_orig_mod", model)
     try:
-        return copy.deepcopy(model)
+        copied = copy.deepcopy(model)
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied, which its graph needs: "
             f"{type(error).__name__}: {error}; make copy.deepcopy(model) work"
         ) from error
+    for module in copied.modules():
+        # Lightning compiles methods in place: their copies would run the model itself.
+        own = [
+            x for x, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable")
+        ]
+        for name in own if not hasattr(module, "_orig_mod") else ():
+            delattr(module, name)
+    return copied

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,7 +12,9 @@ from torch import Tensor
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groups import Groups
 
-Weights = str | Tensor | Mapping[str, Tensor] | None
+Weights = (
+    Literal["layer_norm", "size", "sqrt_size", "uniform"] | Tensor | Mapping[str, Tensor] | None
+)
 NAMES = ("layer_norm", "size", "sqrt_size", "uniform")
 
 

@@ -20,6 +20,7 @@ from lightning_wgsef.groupings.layer_budgets import (
 from lightning_wgsef.groupings.layer_weights import Weights, check_weights, with_weights
 from lightning_wgsef.groupings.patterns import check_patterns, matches
 from lightning_wgsef.groupings.registry import MISSING, Grouping, find_groups, grouping_name
+from lightning_wgsef.groupings.whole_model import on_model, whole_model
 from lightning_wgsef.groupings.zero_invariance import with_invariance
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.overlap import Claims
@@ -86,7 +87,8 @@ def group_parameters(
     check_weights(weights)
     check_costs(costs)
     check_overlap(overlap)
-    found = find_groups(model, grouping, example_input)
+    plain = whole_model(model)
+    found = find_groups(plain, grouping, example_input)
     names = [layer.name for layer in found.layers]
     for argument, patterns in (
         ("include", include),
@@ -110,13 +112,15 @@ def group_parameters(
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
         missing = MISSING.get(grouping_name(grouping), "it has no weights")
         raise ValueError(
-            f"{type(model).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
+            f"{type(plain).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
             f"group{reasons or f': {missing}'}"
         )
     if example_input is not None:
-        layers = list(with_invariance(model, Groups(layers), example_input).layers)
-    layers, rest = with_costs(model, layers, costs, example_input)
+        layers = list(with_invariance(plain, Groups(layers), example_input).layers)
+    layers, rest = with_costs(plain, layers, costs, example_input)
     layers = with_weights(layers, weights, scope)
+    if plain is not model:
+        layers = on_model(layers, model)
     if scope == "global":
         assert not isinstance(k, Mapping)
         groups = Groups(layers, left_out, global_budget(layers, k, rest))

@@ -23,7 +23,8 @@ from lightning_wgsef.groupings.tiles import tile_groups
 from lightning_wgsef.groups import Groups
 
 Maker = Callable[[nn.Module], Groups]
-Grouping = str | Maker | Mapping[str, str | Maker]
+# A command line tries these in turn: a function first would take a mapping for its arguments.
+Grouping = Mapping[str, str | Maker] | str | Maker
 
 GROUPINGS: dict[str, Maker] = {
     "channel": channel_groups,
