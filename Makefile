@@ -9,7 +9,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check bench crash lenet comparison clean
+.PHONY: demo test lint check bench crash fuzz lenet comparison clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -35,6 +35,10 @@ bench: .venv/installed  ## Ratios to floors measured in the same run: tests/benc
 
 crash: .venv/installed  ## Twenty trainings killed at random moments, and resumed.
 	CRASHES=20 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/test_crash.py --no-cov
+
+fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
+	FUZZ=500 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/test_fuzz.py --no-cov \
+		--show-capture=no --tb=short
 
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)

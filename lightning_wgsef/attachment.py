@@ -199,7 +199,8 @@ class Attachment:
             alive = norms > 0
             value, gap = value_and_gap(groups, norms, groups.budgets)
             if self._convergence.look(alive, gap, value):
-                self.freeze(alive)
+                # Groups beyond the budget may be too weak to count in the gap.
+                self.freeze(self.step.survivors(self.step.norms(), groups.budgets))
         if self._start_norms is not None and not self._collapse_reported:
             fallen = self._layer_norms(norms) < _COLLAPSED * self._start_norms
             names = [n for n, bad in zip(map(_name, groups.layers), fallen, strict=True) if bad]

@@ -22,13 +22,7 @@ from lightning_wgsef.masks import apply_masks_to
 from lightning_wgsef.penalties import Envelope, Penalty
 from lightning_wgsef.proximal_step import check_step
 from lightning_wgsef.regularizer import WGSEF
-from lightning_wgsef.schedules import (
-    CubicRamp,
-    Schedule,
-    as_schedule,
-    check_freeze,
-    resolve_debias,
-)
+from lightning_wgsef.schedules import CubicRamp, Schedule, as_schedule, check_freeze, resolve_debias
 from lightning_wgsef.slim_files import write_slim
 from lightning_wgsef.whole_files import check_writable
 
@@ -194,7 +188,7 @@ class WGSEFCallback(Callback):
             self._state = {}
         elif earlier is not None and earlier.attachments:
             self._state = earlier.state_dict()  # a second fit goes on where the first one ended
-        arguments = {**self.arguments, "example_input": self._example_input(pl_module)}
+        arguments = {**self.arguments, "example_input": self._example_input(trainer, pl_module)}
         if self.slim_to is not None:
             check_writable(self.slim_to)
             if arguments["example_input"] is None:
@@ -270,15 +264,16 @@ class WGSEFCallback(Callback):
         if not trainer.is_global_zero:
             return
         try:
-            report = write_slim(model, self._example_input(pl_module), self.slim_to)
+            report = write_slim(model, self._example_input(trainer, pl_module), self.slim_to)
         except ValueError as error:
             warnings.warn(f"slim_to: nothing was written: {error}", stacklevel=2)
         else:
             trainer.print(f"{self.slim_to}\n{report}")
 
-    def _example_input(self, pl_module: LightningModule) -> Any:
+    def _example_input(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         given = self.arguments["example_input"]
-        return getattr(pl_module, "example_input_array", None) if given is None else given
+        example = getattr(pl_module, "example_input_array", None) if given is None else given
+        return None if example is None else trainer.precision_plugin.convert_input(example)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException

@@ -108,7 +108,8 @@ class GroupMetric:
             if debias == 0:
                 torch.add(factors, limited, out=denominators)
             else:
-                torch.mul(metric - debias * limited, share, out=denominators).add_(limited)
+                # Like this, the factor of a share of 1 is exactly 1 where debias is.
+                torch.mul(limited, 1 - debias * share, out=denominators).add_(factors)
             factors.div_(denominators)
             if allowed is not None:
                 factors = torch.where(allowed, factors, 1)

@@ -79,8 +79,8 @@ def inside_half_space(groups: Groups, before: Mapping[str, Tensor], epsilon: flo
     products, squares = [], []
     for member in groups.members:
         block = Block(member, None)
-        old = before[member.name].to(groups.dtype)
-        trial = member.weights.to(groups.dtype)
+        old = member.seen(before[member.name]).to(groups.dtype)
+        trial = member.seen(member.weights).to(groups.dtype)
         products.append(block.sum(trial * old))
         squares.append(block.sum(old * old))
     square = groups.gathered(squares)

@@ -225,7 +225,8 @@ class ProximalStep:
             squares * reduced / limited,
             torch.zeros_like(thresholds),
         )
-        factors = means * shares / (reduced * shares + limited)
+        kept = means * shares  # as a sum, so that the factor of a share of 1 can be exactly 1
+        factors = kept / (kept + limited * (1 - self.debias * shares))
         return torch.where(thresholds > 0, factors, 1).to(norms.dtype)
 
     def _take_in_metric(

@@ -214,7 +214,10 @@ BAD = {
         [*slimmed(), "--masks", "small_masks.pt"],
         ["masks: 'a.weight' must have the shape of the parameter, (32, 4), got (3, 4)"],
     ),
-    "no masks": ([*slimmed(), "--masks", "last.ckpt"], ["last.ckpt must hold a dict of dense tensors"]),
+    "no masks": (
+        [*slimmed(), "--masks", "last.ckpt"],
+        ["last.ckpt must hold a dict of dense tensors"],
+    ),
     "sparse masks": (
         [*slimmed(), "--masks", "sparse.pt"],
         ["sparse.pt must hold a dict of dense tensors"],

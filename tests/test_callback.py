@@ -253,3 +253,13 @@ def test_training_that_ends_before_the_freeze_says_so() -> None:
     callback = WGSEFCallback(k=0.25, lam=Homotopy(length=1000))
     with pytest.warns(UserWarning, match=r"ended before the mask was frozen.*'conv2': 8"):
         make_trainer([callback], max_epochs=1).fit(model, loader())
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])
+@pytest.mark.parametrize("arguments", [{"grouping": "structure"}, {"costs": "flops"}])
+def test_the_example_has_the_precision_of_the_trainer(precision: str, arguments: Any) -> None:
+    model = make_module()
+    model.example_input_array = torch.zeros(1, 1, 8, 8)
+    callback = WGSEFCallback(k=0.5, **arguments)
+    make_trainer([callback], max_epochs=1, precision=precision).fit(model, loader())
+    assert callback.regularizer.frozen

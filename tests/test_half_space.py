@@ -15,6 +15,7 @@ from lightning_wgsef import (
     group_parameters,
     prox_multipliers,
 )
+from lightning_wgsef.half_space import inside_half_space
 
 LASSO = GroupLasso()
 
@@ -217,3 +218,15 @@ def test_a_share_of_unknown_length():
     regularizer = WGSEF(model, 3, 0.1, half_space=0.1)
     with raises_naming("start = 0.5 is a share of training"):
         regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (4, 8)])
+def test_tiles_are_seen_as_tiles(shape):
+    """The first tile turns round, and no other."""
+    rows, columns = shape
+    model = torch.nn.Sequential(torch.nn.Linear(columns, rows), torch.nn.Linear(rows, 1))
+    groups = group_parameters(model, "block:2x2", include="0")
+    before = {member.name: member.weights.clone() for member in groups.members}
+    model[0].weight.data[:2, :2].neg_()
+    inside = inside_half_space(groups, before, 0.0)
+    assert inside.tolist() == [0.0] + [1.0] * (len(groups) - 1)

@@ -224,3 +224,25 @@ def test_an_unknown_optimizer_warns_once_and_trains_in_the_identity():
             train(models[1], optimizers[1], batch)
     assert same(*models)
     assert not torch.equal(models[0].conv2.weight, before)
+
+
+@pytest.mark.parametrize("metric", ["auto", "group"])
+@pytest.mark.parametrize("seed", range(5))
+def test_groups_that_stay_are_untouched_without_bias(metric, seed):
+    """Their factor is exactly 1, not 1 up to rounding."""
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    arguments = {"k": 6, "lam": 10.0, "debias": 1.0, "metric": metric, "include": "1"}
+    regularizer = WGSEF(model, **arguments)
+    weight, before, touched = model[1].weight, {}, []
+    optimizer.register_step_post_hook(lambda *_: before.update(w=weight.detach().clone()))
+    regularizer.attach(optimizer)
+    for _ in range(20):
+        optimizer.zero_grad()
+        model(torch.randn(8, 4)).square().mean().backward()
+        optimizer.step()
+        assert bool((weight.abs() <= before["w"].abs()).all())
+        touched.append(int((weight != before["w"]).any(0).sum()))
+    assert max(touched) > 0
+    assert min(touched) <= 2

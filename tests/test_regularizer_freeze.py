@@ -68,6 +68,29 @@ def test_constant_lam_freezes_when_converged() -> None:
     assert regularizer.gap().tolist() == [0, 0]
 
 
+@pytest.mark.parametrize(
+    ("weights", "arguments", "alive"),
+    [
+        ([1.0, 1e-3, 1e-3], {"k": 2}, [True, True, False]),
+        ([1.0, 1e-3, 1e-3], {"k": 2, "debias": 1.0}, [True, True, False]),
+        ([1.0, 1.0, 1.0, 1e-3], {"k": 0.8, "costs": "params"}, [True, True, True, False]),
+    ],
+)
+def test_convergence_keeps_the_budget(weights, arguments, alive) -> None:
+    """Groups beyond it that are too weak to count in the gap go when the mask is fixed."""
+    model = nn.Sequential(nn.Linear(2, len(weights)), nn.Linear(len(weights), 1, bias=False))
+    model[1].weight.data.copy_(torch.tensor([weights]))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer = WGSEF(model, lam=0.1, include="1", **arguments).attach(optimizer)
+    for _ in range(400):
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.step()
+    assert regularizer.frozen
+    assert regularizer.masks["1"].tolist() == alive
+    assert (model[1].weight != 0).tolist() == [alive]
+
+
 def test_freeze_at_a_given_step_projects_onto_the_budget() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
