@@ -3,13 +3,15 @@ PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= data/fashion-mnist
 CIFAR ?= data
+# Of the benchmark: fashion-mnist/, cifar-10-batches-bin/ and cifar-100-binary/ lie there.
+SETS ?= data
 # One thread a process: two test processes with two threads each fight for two cores.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 # Long training: keep large allocations in the heap instead of asking the kernel for each of them.
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check bench crash fuzz lenet comparison clean
+.PHONY: demo test lint check bench crash fuzz lenet comparison bench-cpu clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -42,6 +44,11 @@ fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
 
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)
+
+bench-cpu: .venv/installed  ## WGSEF and its rivals, at most eight hours. Restartable.
+	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) $(BIN)/python -m examples.benchmark --suite cpu \
+		--data-dir $(SETS)
+	$(BIN)/python -m examples.benchmark report --suite cpu
 
 comparison: .venv/installed  ## Hours: what examples/results was made with. Restartable.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison lenet --data-dir $(DATA) --freeze 0.5 0.8

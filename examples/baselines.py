@@ -30,25 +30,33 @@ class GradualMagnitude(pl.Callback):
     def __init__(self, length: float = 0.5, **groups: Any) -> None:
         self.length = length
         self.arguments = groups
+        self.taken = 0
+        self.mask: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were taken, and the mask."""
+        return {"taken": self.taken, "mask": self.mask}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.taken, self.mask = state_dict["taken"], state_dict["mask"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act after every step of the first optimizer."""
         groups = group_parameters(pl_module, **self.arguments)
         counts = torch.tensor(groups.counts, dtype=torch.float64)
         last = max(1, round(self.length * trainer.estimated_stepping_batches))
-        taken, mask = 0, torch.ones(0)
 
         def after_step(*_: object) -> None:
-            nonlocal taken, mask
-            taken += 1
-            if taken <= last:
-                left = (1 - taken / last) ** 3
+            self.taken += 1
+            if self.taken <= last or self.mask is None:
+                left = (1 - min(self.taken / last, 1)) ** 3
                 budgets = groups.budgets + (counts - groups.budgets) * left
-                budgets = budgets.ceil() if taken < last else groups.budgets
-                mask = prox_multipliers(
+                budgets = budgets.ceil() if self.taken < last else groups.budgets
+                self.mask = prox_multipliers(
                     groups.norms(), 1.0, budgets, segments=groups.segments, debias=1.0
                 )
-            groups.scale_(mask)
+            groups.scale_(self.mask.to(groups.device))
 
         trainer.optimizers[0].register_step_post_hook(after_step)
 
@@ -104,7 +112,7 @@ class AdaHSPG(WGSEFCallback):
     The snapshot is a copy of the network, in the mode of training but with its own running
     statistics; it sees each batch under the random numbers of the training step, which are left as
     they were. A proximal epoch costs as much as three plain ones. Gradients of batches cannot be
-    accumulated, and a run cannot be resumed.
+    accumulated. A run is resumed at the end of an epoch.
 
     Args:
         lam: weight of the penalty.
@@ -135,6 +143,16 @@ class AdaHSPG(WGSEFCallback):
         self._snapshot: nn.Module | None = None
         self._full: list[Tensor] = []
         self._batch: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """Of the regularizer, with epsilon and who was zero."""
+        return {**super().state_dict(), "epsilon": self.epsilon, "zero": self._zero}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        own = {name: value for name, value in state_dict.items() if name == "attachments"}
+        super().load_state_dict(own)
+        self.epsilon, self._zero = state_dict["epsilon"], state_dict["zero"]
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Change the kind of step."""

@@ -15,11 +15,12 @@ Augmentation = Callable[[Tensor, torch.Generator], Tensor]
 class Batches:
     """Batches (images, labels) of a set in memory; order and augmentation follow (seed, epoch).
 
-    One indexing operation draws a whole batch, and nothing is collated. The seed is torch's at
-    construction (`pl.seed_everything`). Lightning tells the epoch and keeps `state_dict` in its
-    checkpoints: a run that is resumed under the same seed sees the batches that the first run would
-    have seen, in mid-epoch too. In a plain loop every new iteration is the next epoch. Under DDP
-    every process sees all batches.
+    One indexing operation draws a whole batch, and nothing is collated. All of it, random numbers
+    included, happens on the device that the set lies on; other devices draw other numbers. The seed
+    is torch's at construction (`pl.seed_everything`). Lightning tells the epoch and keeps
+    `state_dict` in its checkpoints: a run that is resumed under the same seed sees the batches that
+    the first run would have seen, in mid-epoch too. In a plain loop every new iteration is the next
+    epoch. Under DDP every process sees all batches.
 
     Example:
         >>> batches = Batches(torch.zeros(5, 1, 8, 8), torch.arange(5), batch_size=2)
@@ -65,7 +66,10 @@ class Batches:
         skip = self._start_epoch()
         generator = self._generator()
         n = len(self.labels)
-        order = torch.randperm(n, generator=generator) if self.shuffle else torch.arange(n)
+        device = self.images.device
+        order = torch.arange(n, device=device)
+        if self.shuffle:
+            order = torch.randperm(n, generator=generator, device=device)
         for i, index in enumerate(order.split(self.batch_size)):
             images = self.images.index_select(0, index)
             if self.augment is not None:
@@ -85,7 +89,7 @@ class Batches:
     def _generator(self) -> torch.Generator:
         # seed + epoch would give seeds 0 and 1 the same orders one epoch apart
         mixed = np.random.SeedSequence((self._seed, self._epoch)).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(mixed[0]))
+        return torch.Generator(self.images.device).manual_seed(int(mixed[0]))
 
     def state_dict(self) -> dict[str, int]:
         """Returns the seed, the epoch and how many of its batches have been handed out."""
@@ -103,21 +107,22 @@ def crop_and_flip(images: Tensor, generator: torch.Generator, *, margin: int = 4
 
     Args:
         images: (n, channels, height, width).
-        generator: Draws the shifts and the mirrored images.
+        generator: Draws the shifts and the mirrored images, on the device of the images.
         margin: The largest shift, in pixels.
 
     Returns:
         New images of the same shape.
     """
     n, channels, height, width = images.shape
-    top, left = torch.randint(2 * margin + 1, (2, n, 1), generator=generator)
-    mirrored = torch.rand(n, 1, generator=generator) < 0.5
-    rows = top + torch.arange(height)
-    columns = torch.arange(width)
+    device = images.device
+    top, left = torch.randint(2 * margin + 1, (2, n, 1), generator=generator, device=device)
+    mirrored = torch.rand(n, 1, generator=generator, device=device) < 0.5
+    rows = top + torch.arange(height, device=device)
+    columns = torch.arange(width, device=device)
     columns = left + torch.where(mirrored, columns.flip(0), columns)
     return pad(images, [margin] * 4)[
-        torch.arange(n)[:, None, None, None],
-        torch.arange(channels)[:, None, None],
+        torch.arange(n, device=device)[:, None, None, None],
+        torch.arange(channels, device=device)[:, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
     ]

@@ -3,7 +3,8 @@
     data = FashionMNIST("data/fashion-mnist")
     trainer.fit(Classifier(LeNet5()), data)
 
-Missing files are downloaded and verified (see `examples.files`).
+Missing files are downloaded and verified (see `examples.files` and `examples.cifar`). With
+``device="cuda"`` the whole set lies there, and batches are drawn and augmented there.
 """
 
 from __future__ import annotations
@@ -18,25 +19,44 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from examples import files
+from examples import cifar, files
 from examples.batches import Augmentation, Batches, crop_and_flip, normalised
 
 EVALUATION_BATCH = 500
 
 
 class InMemory(pl.LightningDataModule):
-    """The three loaders over three pairs (images, labels); subclasses fill them in `setup`."""
+    """The three loaders over three pairs (images, labels); subclasses fill them in `read`.
+
+    Args:
+        batch_size: Images in a training batch.
+        device: Where the set is kept and batches are made.
+    """
 
     num_classes = 10
     image_shape: tuple[int, int, int]
     augment: Augmentation | None = None
 
-    def __init__(self, batch_size: int) -> None:
+    def __init__(self, batch_size: int, device: str | torch.device = "cpu") -> None:
         super().__init__()
         self.batch_size = batch_size
+        self.device = torch.device(device)
         self.train_set: tuple[Tensor, Tensor] | None = None
         self.val_set: tuple[Tensor, Tensor] | None = None
         self.test_set: tuple[Tensor, Tensor] | None = None
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads the set and brings it to the device; once, however often it is called."""
+        if self.test_set is not None:
+            return
+        self.read()
+        for name in ("train_set", "val_set", "test_set"):
+            images, labels = getattr(self, name)
+            setattr(self, name, (images.to(self.device), labels.to(self.device)))
+
+    def read(self) -> None:
+        """Fills ``train_set``, ``val_set`` and ``test_set``."""
+        raise NotImplementedError
 
     def cut(self, images: Tensor, labels: Tensor, val_size: int) -> None:
         """Takes the last ``val_size`` images for validation and the others for training."""
@@ -70,17 +90,16 @@ class Digits(InMemory):
 
     Args:
         batch_size: Images in a training batch.
+        device: Where the set is kept and batches are made.
     """
 
     image_shape = (1, 8, 8)
 
-    def __init__(self, batch_size: int = 64) -> None:
-        super().__init__(batch_size)
+    def __init__(self, batch_size: int = 64, *, device: str | torch.device = "cpu") -> None:
+        super().__init__(batch_size, device)
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self) -> None:
         """Loads and splits the set; nothing is downloaded."""
-        if self.train_set is not None:
-            return
         pixels, classes = load_digits(return_X_y=True)
         images = torch.from_numpy(pixels).float().view(-1, *self.image_shape)
         labels = torch.from_numpy(classes).long()
@@ -102,15 +121,21 @@ class FashionMNIST(InMemory):
         batch_size: Images in a training batch.
         val_size: How many of the last training images are kept for validation instead. With 0, give
             the Trainer ``limit_val_batches=0``: it warns about an empty loader otherwise.
+        device: Where the set is kept and batches are made.
     """
 
     image_shape = (1, 28, 28)
     mean, std = (0.2860,), (0.3530,)
 
     def __init__(
-        self, data_dir: str | Path, batch_size: int = 128, *, val_size: int = 5_000
+        self,
+        data_dir: str | Path,
+        batch_size: int = 128,
+        *,
+        val_size: int = 5_000,
+        device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, device)
         self.data_dir = Path(data_dir)
         self.val_size = val_size
 
@@ -118,35 +143,30 @@ class FashionMNIST(InMemory):
         """Downloads the files that are missing."""
         files.fetch_fashion_mnist(self.data_dir)
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self) -> None:
         """Verifies, parses and normalises the files."""
-        if self.train_set is not None:
-            return
         images, labels = files.read_fashion_mnist(self.data_dir, "train")
         self.cut(normalised(images, self.mean, self.std), labels.long(), self.val_size)
         images, labels = files.read_fashion_mnist(self.data_dir, "t10k")
         self.test_set = normalised(images, self.mean, self.std), labels.long()
 
 
-class CIFAR10(InMemory):
-    """CIFAR-10, 32 x 32 colour: 50,000 training and 10,000 test images (Krizhevsky, 2009).
-
-    Training images are randomly cropped (margin 4) and flipped.
+class Cifar(InMemory):
+    """What CIFAR-10 and CIFAR-100 have in common; training images are cropped and flipped.
 
     Args:
-        data_dir: Folder in which the binary version is unpacked (``cifar-10-batches-bin/*.bin``);
-            if it is not there, it is downloaded.
+        data_dir: Folder in which the binary version is unpacked (``cifar-10-batches-bin/*.bin``,
+            ``cifar-100-binary/*.bin``); if it is not there, it is downloaded.
         batch_size: Images in a training batch.
         val_size: How many of the last training images are kept for validation instead. With 0, give
             the Trainer ``limit_val_batches=0``: it warns about an empty loader otherwise.
-        exclude_test: Indices of test images to leave out, where the copy of the test file is known
-            to be inexact there. None: read them from ``test_inexact_indices.txt`` in or beside
-            ``data_dir`` if there is such a file. With indices the test file's MD5 is not checked.
+        device: Where the set is kept and batches are made.
     """
 
-    image_shape = files.CIFAR10_SHAPE
-    mean = (0.49139968, 0.48215841, 0.44653091)
-    std = (0.24703223, 0.24348513, 0.26158784)
+    version: cifar.Version
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    image_shape = cifar.SHAPE
     augment = staticmethod(crop_and_flip)
 
     def __init__(
@@ -155,36 +175,92 @@ class CIFAR10(InMemory):
         batch_size: int = 128,
         *,
         val_size: int = 5_000,
-        exclude_test: Sequence[int] | None = None,
+        device: str | torch.device = "cpu",
     ) -> None:
-        super().__init__(batch_size)
+        super().__init__(batch_size, device)
         self.data_dir = Path(data_dir)
         self.val_size = val_size
-        self.exclude_test = exclude_test
 
     def prepare_data(self) -> None:
         """Downloads and unpacks the archive if files are missing."""
-        files.fetch_cifar10(self.data_dir)
+        cifar.fetch(self.version, self.data_dir)
 
-    def setup(self, stage: str | None = None) -> None:
+    def read(self) -> None:
         """Verifies, parses and normalises the files."""
-        if self.train_set is not None:
-            return
-        *training, test = files.CIFAR10_MD5
-        parts = [files.read_cifar10(self.data_dir, name) for name in training]
+        *training, _ = self.version.files
+        parts = [cifar.read(self.version, self.data_dir, name) for name in training]
         images, labels = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
         self.cut(normalised(images, self.mean, self.std), labels.long(), self.val_size)
+        images, labels = self.read_test()
+        self.test_set = normalised(images, self.mean, self.std), labels.long()
+
+    def read_test(self) -> tuple[Tensor, Tensor]:
+        """Returns the bytes of the last file: images and labels."""
+        return cifar.read(self.version, self.data_dir, list(self.version.files)[-1])
+
+
+class CIFAR10(Cifar):
+    """CIFAR-10, 32 x 32 colour: 50,000 training and 10,000 test images (Krizhevsky, 2009).
+
+    Args:
+        data_dir: See `Cifar`.
+        batch_size: See `Cifar`.
+        val_size: See `Cifar`.
+        exclude_test: Indices of test images to leave out, where the copy of the test file is known
+            to be inexact there. None: read them from ``test_inexact_indices.txt`` in or beside
+            ``data_dir`` if there is such a file. With indices the test file's MD5 is not checked.
+        device: See `Cifar`.
+    """
+
+    version = cifar.CIFAR10
+    mean = (0.49139968, 0.48215841, 0.44653091)
+    std = (0.24703223, 0.24348513, 0.26158784)
+
+    def __init__(
+        self,
+        data_dir: str | Path,
+        batch_size: int = 128,
+        *,
+        val_size: int = 5_000,
+        exclude_test: Sequence[int] | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        super().__init__(data_dir, batch_size, val_size=val_size, device=device)
+        self.exclude_test = exclude_test
+
+    def read_test(self) -> tuple[Tensor, Tensor]:
+        """Returns the bytes of the last file without the excluded images."""
         excluded = self._excluded()
-        images, labels = files.read_cifar10(self.data_dir, test, verify=not excluded)
+        name = list(self.version.files)[-1]
+        images, labels = cifar.read(self.version, self.data_dir, name, verify=not excluded)
         kept = torch.ones(len(labels), dtype=torch.bool)
         kept[excluded] = False
-        self.test_set = normalised(images[kept], self.mean, self.std), labels[kept].long()
+        return images[kept], labels[kept]
 
     def _excluded(self) -> list[int]:
         if self.exclude_test is not None:
             return list(self.exclude_test)
-        for folder in (self.data_dir, self.data_dir / files.CIFAR10_FOLDER, self.data_dir.parent):
+        for folder in (self.data_dir, self.data_dir / self.version.folder, self.data_dir.parent):
             path = folder / "test_inexact_indices.txt"
             if path.exists():
                 return [int(line) for line in path.read_text().split()]
         return []
+
+
+class CIFAR100(Cifar):
+    """CIFAR-100, 32 x 32 colour: 50,000 training and 10,000 test images (Krizhevsky, 2009).
+
+    The labels are the 100 fine ones. No sums of the unpacked files are published: only their size
+    and the range of their labels are checked, and after a download the archive's sum.
+
+    Args:
+        data_dir: See `Cifar`.
+        batch_size: See `Cifar`.
+        val_size: See `Cifar`.
+        device: See `Cifar`.
+    """
+
+    version = cifar.CIFAR100
+    num_classes = 100
+    mean = (0.50707516, 0.48654887, 0.44091784)
+    std = (0.26733429, 0.25643846, 0.27615047)

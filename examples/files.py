@@ -1,4 +1,4 @@
-"""Data set files on disk: fetch what is missing, verify it, parse it into byte tensors.
+"""Data set files on disk: fetch what is missing, verify it, parse Fashion-MNIST into byte tensors.
 
 A file counts only when its MD5 is the published one. A download goes to a temporary name and gets
 its real name once it is verified, so that an interrupted run leaves no half file behind.
@@ -12,7 +12,6 @@ import http.client
 import os
 import shutil
 import struct
-import tarfile
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,18 +28,6 @@ FASHION_MNIST_MD5 = {
     "t10k-images-idx3-ubyte.gz": "bef4ecab320f06d8554ea6380940ec79",
     "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
 }
-CIFAR10_URL = "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz"
-CIFAR10_ARCHIVE_MD5 = "c32a1d4ab5d03f1284b67883e8d87530"
-CIFAR10_FOLDER = "cifar-10-batches-bin"
-CIFAR10_MD5 = {
-    "data_batch_1.bin": "5dd7e06a14cb22eb9f671a540d1b7c25",
-    "data_batch_2.bin": "5ea93a67294ea407fff1d09f752e9692",
-    "data_batch_3.bin": "942cd6a4bcdd0dd3c604fbe906cb4421",
-    "data_batch_4.bin": "ae636b3ba5c66a11e91e8cb52e771fcb",
-    "data_batch_5.bin": "53f37980c15c3d472c316c40844f3f0d",
-    "test_batch.bin": "803d5f7f4d78ea53de84dbe85f74fb6d",
-}
-CIFAR10_SHAPE = (3, 32, 32)
 
 
 def read_verified(path: Path, md5: str) -> bytes:
@@ -61,7 +48,7 @@ def read_verified(path: Path, md5: str) -> bytes:
 
 
 @contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
+def written_whole(path: Path) -> Iterator[Path]:
     """Gives a temporary name beside ``path``, renamed to ``path`` only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -94,7 +81,7 @@ def download(url: str, path: Path, md5: str, *, advice: str) -> None:
         ValueError: what came is not the published file. Nothing is kept.
     """
     try:
-        with urllib.request.urlopen(url, timeout=30) as reply, _written_whole(path) as part:
+        with urllib.request.urlopen(url, timeout=30) as reply, written_whole(path) as part:
             with part.open("wb") as file:
                 shutil.copyfileobj(reply, file)
             if (found := _md5_of(part)) != md5:
@@ -112,27 +99,6 @@ def fetch_fashion_mnist(folder: Path) -> None:
     advice = f"By hand: put {', '.join(missing)} into {folder.resolve()}."
     for name in missing:
         download(FASHION_MNIST_URL + name, folder / name, FASHION_MNIST_MD5[name], advice=advice)
-
-
-def fetch_cifar10(folder: Path) -> None:
-    """Downloads and unpacks the binary CIFAR-10 unless its six files are under ``folder``."""
-    binaries = folder / CIFAR10_FOLDER
-    missing = [name for name in CIFAR10_MD5 if not (binaries / name).exists()]
-    if not missing:
-        return
-    archive = folder / CIFAR10_URL.rpartition("/")[2]
-    advice = (
-        f"By hand: unpack {archive.name} in {folder.resolve()}; missing there: "
-        f"{', '.join(f'{CIFAR10_FOLDER}/{name}' for name in missing)}."
-    )
-    download(CIFAR10_URL, archive, CIFAR10_ARCHIVE_MD5, advice=advice)
-    with tarfile.open(archive) as tar:
-        for name in missing:
-            with _written_whole(binaries / name) as part, part.open("wb") as file:
-                member = tar.extractfile(f"{CIFAR10_FOLDER}/{name}")
-                assert member is not None, f"{name} in {archive} is not a file"
-                shutil.copyfileobj(member, file)
-    archive.unlink()
 
 
 def parse_idx(data: bytes, name: str) -> Tensor:
@@ -170,36 +136,3 @@ def read_fashion_mnist(folder: Path, part: str) -> tuple[Tensor, Tensor]:
         for name in (f"{part}-images-idx3-ubyte.gz", f"{part}-labels-idx1-ubyte.gz")
     )
     return images.unsqueeze(1), labels
-
-
-def parse_cifar10(data: bytes, name: str) -> tuple[Tensor, Tensor]:
-    """Parses records of one label byte and 3,072 pixel bytes (channel, row, column).
-
-    Args:
-        data: The file's bytes.
-        name: The file's name, for the error.
-
-    Returns:
-        Images (n, 3, 32, 32) and labels (n,), unsigned bytes.
-
-    Raises:
-        ValueError: the length is not a multiple of a record, or a label is not in 0..9.
-    """
-    size = 1 + int(np.prod(CIFAR10_SHAPE))
-    if not data or len(data) % size:
-        raise ValueError(
-            f"{name}: {len(data):,} bytes are not whole records of {size:,} bytes; it is truncated "
-            "or not the binary version of CIFAR-10"
-        )
-    records = torch.from_numpy(np.frombuffer(data, np.uint8).reshape(-1, size).copy())
-    labels = records[:, 0].clone()
-    if labels.max() > 9:
-        raise ValueError(f"{name}: label {int(labels.max())} found, labels of CIFAR-10 are 0 to 9")
-    return records[:, 1:].reshape(-1, *CIFAR10_SHAPE), labels
-
-
-def read_cifar10(folder: Path, name: str, *, verify: bool = True) -> tuple[Tensor, Tensor]:
-    """Reads one of the binary files under ``folder``, by default only if it is the official one."""
-    path = folder / CIFAR10_FOLDER / name
-    data = read_verified(path, CIFAR10_MD5[name]) if verify else path.read_bytes()
-    return parse_cifar10(data, str(path))

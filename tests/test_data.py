@@ -95,15 +95,25 @@ def test_a_restored_loader_hands_out_the_rest_of_the_epoch_under_any_seed() -> N
     assert drawn(iter(restored)) == drawn(iter(loader))
 
 
-def test_crop_and_flip_gives_windows_of_the_padded_image() -> None:
-    images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)) + 1
-    changed = crop_and_flip(images, torch.Generator().manual_seed(0), margin=2)
+DEVICES = [
+    "cpu",
+    pytest.param(
+        "cuda",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
+]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_crop_and_flip_gives_windows_of_the_padded_image(device: str) -> None:
+    images = torch.rand(64, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(device) + 1
+    changed = crop_and_flip(images, torch.Generator(device).manual_seed(0), margin=2)
     padded = torch.nn.functional.pad(images, [2] * 4)
     for image, result in zip(padded, changed, strict=True):
         windows = [image[:, r : r + 8, c : c + 8] for r in range(5) for c in range(5)]
         windows += [window.flip(2) for window in windows]
         assert sum(torch.equal(window, result) for window in windows) == 1
-    still = crop_and_flip(images, torch.Generator().manual_seed(0), margin=0)
+    still = crop_and_flip(images, torch.Generator(device).manual_seed(0), margin=0)
     mirrored = sum(torch.equal(a.flip(2), b) for a, b in zip(images, still, strict=True))
     assert 20 < mirrored < 44
 

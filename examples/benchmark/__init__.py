@@ -1,0 +1,1 @@
+"""WGSEF and its rivals side by side: ``python -m examples.benchmark --suite cpu``."""

@@ -1,0 +1,84 @@
+"""Plots of a suite, made from the records alone."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+
+from examples.benchmark.methods import METHODS
+from examples.benchmark.records import Record
+from examples.benchmark.settings import Suite, Task
+from examples.benchmark.tables import runs_of
+
+SHOWN = (
+    "dense",
+    "homotopy, structure, layer",
+    "paper, structure, layer",
+    "gradual magnitude",
+    "one-shot magnitude",
+    "PAT, minimum sparsity",
+    "Torch-Pruning",
+)
+"""Whose validation accuracy is shown over the epochs."""
+
+
+def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
+    """For every task that has runs, accuracy against operations and curves, as SVG and PNG."""
+    written = []
+    for task in suite.tasks:
+        found = {method: runs_of(records, task, method) for method in suite.methods}
+        found = {method: runs for method, runs in found.items() if runs}
+        if not found:
+            continue
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+        _against_operations(left, found)
+        _curves(right, found, task)
+        figure.suptitle(f"{task.network} on {task.data}, {task.k:.0%} of the groups")
+        for ending in ("svg", "png"):
+            path = folder / f"{task.name}.{ending}"
+            figure.savefig(path, dpi=110, metadata={"Date": None} if ending == "svg" else None)
+            written.append(path)
+        pyplot.close(figure)
+    return written
+
+
+def _against_operations(axes: Axes, found: dict[str, list[Record]]) -> None:
+    for number, (method, runs) in enumerate(found.items()):
+        accuracies = [run["test_accuracy"] for run in runs]
+        flops = statistics.mean(100 * run["flops"][1] / run["flops"][0] for run in runs)
+        error = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
+        marker = "o" if METHODS[method].ours else "^"
+        axes.errorbar(
+            flops,
+            statistics.mean(accuracies),
+            error,
+            fmt=marker,
+            color=pyplot.colormaps["tab20"](number % 20),
+            capsize=2,
+            label=method,
+        )
+    axes.set_xscale("log")
+    axes.set_xlabel("FLOPs left, %")
+    axes.set_ylabel("test accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=6, ncols=2, title="circles: ours, triangles: others", title_fontsize=6)
+
+
+def _curves(axes: Axes, found: dict[str, list[Record]], task: Task) -> None:
+    for method in SHOWN:
+        if method in found:
+            curves = [run["validation"] for run in found[method]]
+            means = [statistics.mean(values) for values in zip(*curves, strict=True)]
+            axes.plot(range(1, len(means) + 1), means, marker=".", label=method)
+    axes.axvline(task.epochs / 2, color="grey", linestyle=":", label="the mask is fixed")
+    axes.set_xlabel("epoch")
+    axes.set_ylabel("validation accuracy, %")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)

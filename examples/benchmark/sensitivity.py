@@ -1,0 +1,73 @@
+"""How much a method's number matters: accuracy over its values and over budgets."""
+
+from __future__ import annotations
+
+import statistics
+from pathlib import Path
+
+from matplotlib import pyplot
+
+from examples.benchmark.methods import METHODS
+from examples.benchmark.records import Record
+from examples.benchmark.settings import Suite
+from examples.benchmark.tables import origin, runs_of, spread, table
+
+
+def grid_report(suite: Suite, records: list[Record], command: str) -> str:
+    """For every method its values times the tasks, as Markdown."""
+    assert suite.values is not None
+    lines = [*origin(suite, records, command), "", "Test accuracy, mean over the seeds."]
+    for method in suite.methods:
+        cells = grid(suite, records, method)
+        rows = [
+            [f"{value:g}", *("-" if not found else spread(found) for found in row)]
+            for value, row in zip(suite.values[method], cells, strict=True)
+        ]
+        header = [METHODS[method].tuned, *(task.name for task in suite.tasks)]
+        lines += ["", f"## {method}", "", *table(header, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def grid(suite: Suite, records: list[Record], method: str) -> list[list[list[float]]]:
+    """Test accuracies, for every value and task a list over seeds."""
+    assert suite.values is not None
+    return [
+        [
+            [
+                run["test_accuracy"]
+                for run in runs_of(records, task, method)
+                if run["value"] == value
+            ]
+            for task in suite.tasks
+        ]
+        for value in suite.values[method]
+    ]
+
+
+def heat_maps(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
+    """One map a method, of values and budgets, as SVG and PNG."""
+    assert suite.values is not None
+    columns = len(suite.methods)
+    figure, plots = pyplot.subplots(1, columns, figsize=(4 * columns, 4.5), layout="constrained")
+    everything = [record["test_accuracy"] for record in records if not record["trial"]]
+    for axes, method in zip(plots, suite.methods, strict=True):
+        cells = grid(suite, records, method)
+        means = [[statistics.mean(x) if x else float("nan") for x in row] for row in cells]
+        image = axes.imshow(means, aspect="auto", vmin=min(everything), vmax=max(everything))
+        axes.set_xticks(range(len(suite.tasks)), [f"{task.k:.0%}" for task in suite.tasks])
+        values = suite.values[method]
+        axes.set_yticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_xlabel("groups that stay")
+        axes.set_ylabel(METHODS[method].tuned)
+        axes.set_title(method, fontsize=9)
+        for row, line in enumerate(means):
+            for column, mean in enumerate(line):
+                axes.text(column, row, f"{mean:.1f}", ha="center", va="center", fontsize=8)
+    figure.colorbar(image, ax=plots, label="test accuracy, %")
+    written = []
+    for ending in ("svg", "png"):
+        path = folder / f"{suite.name}.{ending}"
+        figure.savefig(path, dpi=110, metadata={"Date": None} if ending == "svg" else None)
+        written.append(path)
+    pyplot.close(figure)
+    return written

@@ -1,0 +1,152 @@
+"""Tables of a suite, made from the records alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from examples.benchmark.methods import METHODS
+from examples.benchmark.records import Record, read_record
+from examples.benchmark.settings import Suite, Task
+
+REFERENCE = "homotopy, structure, layer"
+"""What all others are compared with, seed by seed."""
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records that can be read."""
+    return [record for path in sorted(folder.glob("*.json")) if (record := read_record(path))]
+
+
+def runs_of(records: Iterable[Record], task: Task, method: str) -> list[Record]:
+    """The runs that count of a method on a task, by seed."""
+    found = [
+        record
+        for record in records
+        if not record["trial"] and record["method"] == method and _same_task(record, task)
+    ]
+    return sorted(found, key=lambda record: (record["value"], record["seed"]))
+
+
+def report(suite: Suite, records: list[Record], command: str) -> str:
+    """Everything about a suite, as Markdown."""
+    lines = origin(suite, records, command)
+    for task in suite.tasks:
+        lines += ["", f"## {task.name}", "", *_task_lines(suite, records, task)]
+    return "\n".join(lines) + "\n"
+
+
+def origin(suite: Suite, records: list[Record], command: str) -> list[str]:
+    """Where the numbers come from."""
+    lines = [f"# {suite.name}", "", f"`{command}`"]
+    if hardware := sorted({record["hardware"] for record in records}):
+        dates = sorted(record["date"] for record in records)
+        versions = ", ".join(f"{name} {x}" for name, x in records[-1]["versions"].items())
+        lines += ["", f"{'; '.join(hardware)}; {dates[0]} to {dates[-1]}; {versions}."]
+    return lines
+
+
+def _task_lines(suite: Suite, records: list[Record], task: Task) -> list[str]:
+    found = {method: runs_of(records, task, method) for method in task.methods(suite)}
+    reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
+    done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds)]
+    ranked = sorted(done, key=lambda method: -_mean(found[method], "test_accuracy"))
+    lines = [f"{_described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
+    if ranked:
+        lines += table(
+            [
+                "method",
+                "tuned",
+                "test accuracy",
+                f"less {REFERENCE}",
+                "validation before → after the freeze",
+                "groups alive of budget",
+            ],
+            [_accuracy_row(method, found[method], reference) for method in ranked],
+        )
+        lines += ["", *_cost_lines(ranked, found)]
+    missing = [method for method in found if method not in done]
+    if missing:
+        lines += ["", f"Not run (all seeds): {'; '.join(missing)}."]
+    lines += [f"\nLeft out: {method}: {reason}." for method, reason in task.skip.items()]
+    return lines
+
+
+def _cost_lines(ranked: Sequence[str], found: dict[str, list[Record]]) -> list[str]:
+    header = [
+        "method",
+        "parameters left",
+        "FLOPs left",
+        "slim less masked accuracy",
+        "latency slim / dense, batch 1, 64",
+        "training step / plain",
+        "peak memory, MiB",
+    ]
+    return table(header, [_cost_row(method, found[method]) for method in ranked])
+
+
+def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record]) -> list[str]:
+    value = f"{METHODS[method].tuned} {runs[0]['value']:g}"
+    differences = [
+        run["test_accuracy"] - reference[run["seed"]]["test_accuracy"]
+        for run in runs
+        if run["seed"] in reference
+    ]
+    paired = "-" if not differences or method == REFERENCE else spread(differences, sign="+")
+    freeze = f"{_mean(runs, 'before_freeze'):.1f} → {_mean(runs, 'after_freeze'):.1f}"
+    alive = [sum(count for count, _ in run["alive"][-1].values()) for run in runs]
+    budget = "-" if method == "dense" else f"{statistics.mean(alive):g} of {runs[0]['budget']:g}"
+    accuracy = spread([run["test_accuracy"] for run in runs])
+    bold = f"**{method}**" if METHODS[method].ours else method
+    return [bold, value, accuracy, paired, freeze, budget]
+
+
+def _cost_row(method: str, runs: list[Record]) -> list[str]:
+    parameters = statistics.mean(run["parameters"][1] / run["parameters"][0] for run in runs)
+    flops = statistics.mean(run["flops"][1] / run["flops"][0] for run in runs)
+    slim = statistics.mean(run["slim_test_accuracy"] - run["test_accuracy"] for run in runs)
+    ratios = [
+        statistics.median(run[f"latency_ratio_{size}"][0] for run in runs) for size in (1, 64)
+    ]
+    step = statistics.median(run["step_ratio"] for run in runs)
+    memory = statistics.mean(run["peak_bytes"] for run in runs) / 2**20
+    shares = [f"{parameters:.1%}", f"{flops:.1%}", f"{slim:+.2f}"]
+    return [method, *shares, f"{ratios[0]:.2f}, {ratios[1]:.2f}", f"{step:.2f}", f"{memory:.0f}"]
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([0.5], sign="+")
+    ('2.00 ± 1.00', '+0.50')
+    """
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _mean(runs: Sequence[Record], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def _described(task: Task) -> str:
+    made = ", ".join(f"{name} {value}" for name, value in task.arguments.items())
+    network = f"{task.network} ({made})" if made else task.network
+    return (
+        f"{network} on {task.data}, {task.k:.0%} of the groups, {task.epochs} epochs, the mask "
+        f"fixed after half of them, {task.optimizer} from {task.lr:g}"
+    )
+
+
+def _same_task(record: Record, task: Task) -> bool:
+    own: dict[str, Any] = record["task"]
+    shared = ("network", "data", "arguments", "epochs", "optimizer", "lr", "batch_size")
+    if any(own[key] != getattr(task, key) for key in shared):
+        return False
+    return record["method"] == "dense" or (own["k"] == task.k and own["name"] == task.name)
