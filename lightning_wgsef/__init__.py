@@ -21,6 +21,8 @@ from lightning_wgsef.members import Member as Member
 from lightning_wgsef.metric import prox_metric as prox_metric
 from lightning_wgsef.penalties import Envelope as Envelope
 from lightning_wgsef.penalties import GroupLasso as GroupLasso
+from lightning_wgsef.plots import plot_report as plot_report
+from lightning_wgsef.plots import plot_sparsity as plot_sparsity
 from lightning_wgsef.preconditioners import register_preconditioner as register_preconditioner
 from lightning_wgsef.regularizer import WGSEF as WGSEF
 from lightning_wgsef.report import sparsity_report as sparsity_report

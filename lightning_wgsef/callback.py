@@ -10,19 +10,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
 
+from lightning_wgsef.arguments import check_arguments
 from lightning_wgsef.callback_base import Callback
-from lightning_wgsef.groupings.costs import Costs, check_costs
-from lightning_wgsef.groupings.layer_budgets import Budget, check_budget
-from lightning_wgsef.groupings.layer_weights import Weights, check_weights
-from lightning_wgsef.groupings.parameters import check_overlap
-from lightning_wgsef.groupings.registry import Grouping, check_grouping
+from lightning_wgsef.groupings.costs import Costs
+from lightning_wgsef.groupings.layer_budgets import Budget
+from lightning_wgsef.groupings.layer_weights import Weights
+from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groupings.whole_model import whole_model
-from lightning_wgsef.half_space import HalfSpace, as_half_space
+from lightning_wgsef.half_space import HalfSpace
 from lightning_wgsef.masks import apply_masks_to
-from lightning_wgsef.penalties import Envelope, Penalty
-from lightning_wgsef.proximal_step import check_step
+from lightning_wgsef.penalties import Penalty
+from lightning_wgsef.presentation import Presentation
 from lightning_wgsef.regularizer import WGSEF
-from lightning_wgsef.schedules import CubicRamp, Schedule, as_schedule, check_freeze, resolve_debias
+from lightning_wgsef.schedules import CubicRamp, Schedule
 from lightning_wgsef.slim_files import write_slim
 from lightning_wgsef.whole_files import check_writable
 
@@ -71,6 +71,8 @@ class WGSEFCallback(Callback):
             for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
         slim_to: where the network without its zero groups is written when the fit ends, as a file
             of `save_slim`, with a report as JSON beside it; needs an example input.
+        dashboard: show more in TensorBoard: charts of all layers together, histograms of norms and
+            pictures of the life of the groups (a few times a run), the report, and hparams.
         name: put into the logged names, and into the key of the saved state; needed for each of
             several callbacks in one Trainer.
 
@@ -106,19 +108,10 @@ class WGSEFCallback(Callback):
         freeze: Literal["converged"] | int | float | None = "converged",
         masks: str | Path | None = None,
         slim_to: str | Path | None = None,
+        dashboard: bool = False,
         name: str | None = None,
     ) -> None:
         super().__init__()
-        check_budget(k.k if isinstance(k, CubicRamp) else k, scope)
-        check_grouping(grouping)
-        check_weights(weights)
-        check_overlap(overlap)
-        check_costs(costs)
-        check_freeze(freeze)
-        schedule = as_schedule(lam)
-        resolved = resolve_debias(debias, schedule)
-        check_step(metric, Envelope() if penalty is None else penalty, schedule, resolved, scope)
-        as_half_space(half_space)
         self.arguments: dict[str, Any] = {
             "k": k,
             "lam": lam,
@@ -137,11 +130,14 @@ class WGSEFCallback(Callback):
             "freeze": freeze,
             "masks": masks,
         }
+        check_arguments(**self.arguments)
         self.slim_to = slim_to
+        self.dashboard = dashboard
         self.name = name
         self.regularizer: WGSEF | None = None
         self._state: Mapping[str, Any] = {}
         self._averages_masked = False
+        self._presentation: Presentation | None = None
 
     @property
     def state_key(self) -> str:
@@ -221,14 +217,18 @@ class WGSEFCallback(Callback):
                 "groups until one does (leave them out with exclude to silence this)",
                 stacklevel=2,
             )
+        prefix = "wgsef" if self.name is None else f"wgsef/{self.name}"
+        self._presentation = Presentation(trainer, self.regularizer, prefix, self.dashboard)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log; from the freeze on, keep averages of the weights sparse, too."""
         assert self.regularizer is not None
+        assert self._presentation is not None
         if self.regularizer.frozen and not self._averages_masked:
             self._averages_masked = True  # an average of zeros stays zero
+            self._presentation.freeze(trainer)
             for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
                 average = getattr(other, "_average_model", None)  # EMA, SWA
                 if isinstance(average, nn.Module):
@@ -238,15 +238,20 @@ class WGSEFCallback(Callback):
         due = trainer._logger_connector.should_update_logs or trainer.is_last_batch
         if due and not trainer.barebones:
             self.regularizer.check_finite()
-            prefix = "wgsef" if self.name is None else f"wgsef/{self.name}"
-            metrics = self.regularizer.metrics()
-            pl_module.log_dict({f"{prefix}/{key}": value for key, value in metrics.items()})
+            prefix = self._presentation.prefix
+            metrics = {f"{prefix}/{x}": y for x, y in self.regularizer.metrics().items()}
+            shown = {f"{prefix}/{name}" for name in ("sparsity", "gap")}
+            pl_module.log_dict({x: metrics[x] for x in shown}, prog_bar=True)
+            pl_module.log_dict({x: y for x, y in metrics.items() if x not in shown})
+            self._presentation.look(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizers; say so if the budget was not reached."""
         assert self.regularizer is not None
         self.regularizer.check_finite()
         self.regularizer.detach()
+        if self._presentation is not None and not trainer.interrupted:
+            self._presentation.end(trainer, pl_module, self.arguments)
         if not self.regularizer.frozen and self.arguments["freeze"] is not None:
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
             warnings.warn(

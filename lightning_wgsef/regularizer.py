@@ -150,10 +150,12 @@ class WGSEF:
     @property
     def masks(self) -> Masks:
         """For every layer a boolean for every group: alive? Frozen masks, else live norms."""
-        masks = self.groups.split(self.groups.norms() > 0)
+        masks: Masks = {}
         for part in self.attachments:
             masks.update(part.masks or {})
-        return masks
+        if len(masks) < len(self.groups.layers):
+            masks = {**self.groups.split(self.groups.norms() > 0), **masks}
+        return {layer.name: masks[layer.name] for layer in self.groups.layers}
 
     def attach(self, *optimizers: Optimizer) -> WGSEF:
         """Act after every step of ``optimizers`` from now on; returns the regularizer.

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
 from sharded_lightning import Module, Shares, make_callback, make_trainer
-from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 class WithOptimizer(Module):
@@ -23,6 +22,8 @@ class WithOptimizer(Module):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.optimizer == "adam":
             return super().configure_optimizers()
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=1e-2)
 
 

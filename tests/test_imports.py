@@ -80,9 +80,11 @@ FLOORS = {
     "groupings.parameters": (1, 6),
     "groupings.__init__": (1, 7),
     "curves": (1, 4),
+    "group_life": (1, 0),
     "masks": (1, 4),
     "report": (1, 4),
     "latency": (1, 7),
+    "plots": (1, 10),
     "export": (1, 8),
     "network_report": (1, 9),
     "sparse_storage": (1, 10),
@@ -93,13 +95,16 @@ FLOORS = {
     "regularizer": (2, 2),
     "slimming": (2, 0),
     "slim_files": (2, 1),
+    "arguments": (2, 7),
+    "dashboard": (1, 4),
     "callback_base": (3, 0),
+    "presentation": (3, 0),
     "callback": (3, 1),
     "cli_checkpoints": (3, 1),
     "cli": (3, 2),
     TOP: (4, 0),
 }
-MAY_IMPORT_LIGHTNING = {"callback", "callback_base"}
+MAY_IMPORT_LIGHTNING = {"callback", "callback_base", "presentation"}
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 NEIGHBOURS = ("examples", "tests")
 

@@ -1,0 +1,104 @@
+"""What a run shows besides logged scalars: tables and lines in the terminal, and the dashboard."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_wgsef.dashboard import Dashboard
+from lightning_wgsef.groupings.whole_model import whole_model
+from lightning_wgsef.regularizer import WGSEF
+from lightning_wgsef.report import sparsity_report
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+_SETTINGS = ("k", "lam", "grouping", "scope", "weights", "costs", "metric", "freeze")
+
+
+class Presentation:
+    """Shows one regularizer's run; silent where Lightning's model summary is.
+
+    Args:
+        trainer: of the run.
+        regularizer: what is shown.
+        prefix: of its scalars.
+        dashboard: show more than scalars in TensorBoard.
+    """
+
+    def __init__(self, trainer: Trainer, regularizer: WGSEF, prefix: str, dashboard: bool) -> None:
+        self.regularizer = regularizer
+        self.prefix = prefix
+        self.talks = trainer.is_global_zero and _has_summary(trainer)
+        self.announced = regularizer.frozen
+        self.dashboards: list[Dashboard] = []
+        if dashboard and trainer.is_global_zero:
+            total, groups = regularizer.total_steps, regularizer.groups
+            for writer in _writers(trainer):
+                self.dashboards.append(Dashboard(writer, prefix, groups, total))
+        self._shows_more = dashboard
+        if self.talks:
+            trainer.print(f"{prefix}:\n{regularizer.groups}")
+
+    def freeze(self, trainer: Trainer) -> None:
+        """Say once that the mask is fixed."""
+        if self.announced or not self.regularizer.frozen:
+            return
+        self.announced = True
+        if self.talks:
+            masks = self.regularizer.masks.values()
+            alive, total = sum(int(x.sum()) for x in masks), sum(map(len, masks))
+            trainer.print(
+                f"{self.prefix}: mask fixed after step {trainer.global_step}: {alive} of {total} "
+                f"groups alive, within a budget of {self._budget():g}"
+            )
+
+    def look(self, trainer: Trainer) -> None:
+        """Show the groups as they are; every process has to ask where weights are sharded."""
+        if self._shows_more:
+            norms = self.regularizer.groups.norms()
+            for dashboard in self.dashboards:
+                dashboard.look(norms, self._budget(), _step(trainer))
+
+    def end(self, trainer: Trainer, model: nn.Module, arguments: dict[str, Any]) -> None:
+        """The report, and what was asked for beside what came of it.
+
+        Every process has to ask where weights are sharded.
+        """
+        groups = self.regularizer.groups
+        report, norms = sparsity_report(whole_model(model), groups), groups.norms()
+        if self.talks:
+            trainer.print(f"{self.prefix}:\n{report}")
+        share = 1 - report.parameters_alive / max(report.parameters, 1)
+        results = {f"{self.prefix}/final_sparsity": share}
+        for name, value in trainer.callback_metrics.items():
+            if not name.startswith("wgsef"):
+                results[name] = float(value)
+        settings = {f"{self.prefix}/{name}": arguments[name] for name in _SETTINGS}
+        for dashboard in self.dashboards:
+            dashboard.draw(norms, _step(trainer))
+            dashboard.finish(str(report), settings, results, _step(trainer))
+
+    def _budget(self) -> float:
+        """Of everything together; of n:m as many as stay in all rows of m."""
+        groups = self.regularizer.groups
+        if groups.is_global:
+            return float(groups.budgets[0])
+        return sum(x.budget * (x.count // x.contest if x.contest else 1) for x in groups.layers)
+
+
+def _has_summary(trainer: Trainer) -> bool:
+    names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    return bool(names & {"ModelSummary", "RichModelSummary"})
+
+
+def _writers(trainer: Trainer) -> list[Any]:
+    """The ``SummaryWriter`` of every TensorBoard logger."""
+    found = [getattr(logger, "experiment", None) for logger in trainer.loggers]
+    return [writer for writer in found if hasattr(writer, "add_custom_scalars")]
+
+
+def _step(trainer: Trainer) -> int:
+    """The step under which Lightning logs scalars."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -1,0 +1,67 @@
+"""What a run shows in the terminal, and when it is silent."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+from trainers import NAMESPACES, loader, make_module, make_trainer
+
+from lightning_wgsef import Homotopy, WGSEFCallback
+
+
+def said(capsys: pytest.CaptureFixture[str], name: str = NAMESPACES[0], **arguments: Any) -> str:
+    model = make_module(name)
+    callback = WGSEFCallback(k=0.25, name=arguments.pop("called", None))
+    make_trainer([callback], name, **arguments).fit(model, loader())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_a_table_at_the_start_a_line_at_the_freeze_and_the_report(
+    capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    text = said(capsys, name, enable_model_summary=True)
+    _, start, report = text.split("wgsef:\n")
+    assert re.search(r"^conv2 +channel +8 +108 +2 +yes$", start, re.MULTILINE)
+    assert "left out: conv1: first layer: its channels are the network's input" in start
+    (line,) = re.findall("^wgsef: mask fixed.*$", text, re.MULTILINE)
+    assert line == ("wgsef: mask fixed after step 20: 5 of 20 groups alive, within a budget of 5")
+    assert re.search(r"^conv2 +2 / 8 +2 +228 / 876", report, re.MULTILINE)
+    assert line in start
+
+
+def test_names_of_callbacks_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(capsys, enable_model_summary=True, called="first")
+    assert "wgsef/first: mask fixed after step 20" in text
+
+
+def test_silent_without_the_model_summary(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "wgsef" not in said(capsys, enable_model_summary=False)
+
+
+def test_the_line_is_said_once_and_not_again_in_a_second_fit(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model, callback = make_module(), WGSEFCallback(k=0.25, lam=Homotopy(length=5))
+    for epochs in (1, 2):
+        trainer = make_trainer([callback], max_epochs=epochs, enable_model_summary=True)
+        trainer.fit(model, loader())
+    assert capsys.readouterr().out.count("mask fixed after step 5:") == 1
+
+
+@pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
+def test_sparsity_and_gap_are_in_the_progress_bar(bar: str) -> None:
+    import pytorch_lightning.callbacks as callbacks
+
+    seen = {}
+
+    class Seen(callbacks.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            seen.update(trainer.progress_bar_metrics)
+
+    both = [WGSEFCallback(k=0.25), getattr(callbacks, bar)(), Seen()]
+    make_trainer(both, enable_progress_bar=True).fit(make_module(), loader())
+    assert set(seen) == {"wgsef/sparsity", "wgsef/gap"}
+    assert seen["wgsef/sparsity"] == pytest.approx(1 - (2 * 108 + 3 * 10) / (8 * 108 + 12 * 10))
