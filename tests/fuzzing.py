@@ -94,7 +94,7 @@ class Fuzzed(pl.LightningModule):
             # Known: Lightning loads checkpoints before it converts the module, through float32.
             self.net.double()
         self.drawn = training
-        self.logged: list[dict[str, float]] = []
+        self.logged: dict[int, dict[str, float]] = {}
         self.example_input_array = torch.ones(2, *training.network.shape)
 
     def forward(self, inputs: Tensor) -> Tensor:
@@ -104,7 +104,9 @@ class Fuzzed(pl.LightningModule):
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
     def log_dict(self, dictionary: Any, *arguments: Any, **more: Any) -> None:
-        self.logged.append({name: float(value) for name, value in dictionary.items()})
+        step = self.trainer.fit_loop.total_batch_idx
+        numbers = {name: float(value) for name, value in dictionary.items()}
+        self.logged.setdefault(step, {}).update(numbers)
         super().log_dict(dictionary, *arguments, **more)
 
     def configure_optimizers(self) -> Any:

@@ -47,7 +47,8 @@ def test_case_20_two_processes_of_a_script(tmp_path: Path, optimizer: str) -> No
             assert torch.equal(rank["weights"][name] == 0, weight == 0), name
         for name, mask in masks.items():
             assert torch.equal(rank["masks"][name], mask), name
-    for step in {"adam": (15,), "zero": (5, 15)}[optimizer]:  # before and after the freeze
+    if optimizer == "zero":  # its state has to be gathered; saved after the freeze
+        step = 15
         path = str(tmp_path / f"whole.step={step}.ckpt")
         for rank in run(tmp_path, optimizer, f"from{step}", path):
             for name, weight in ranks[0]["weights"].items():

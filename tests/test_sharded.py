@@ -80,10 +80,10 @@ def test_resumed_on_another_number_of_processes(tmp_path: Path) -> None:
     first = train(network, arguments, range(13))
     torch.save({name: first[name] for name in ("weights", "state")}, tmp_path / "first")
     alone = train(network, arguments, range(13, STEPS), first["state"])
-    for count in (2, 3):
-        torch.multiprocessing.spawn(resumed, (count, "coupled", str(tmp_path)), nprocs=count)
-        for rank in range(count):
-            found = torch.load(tmp_path / f"second.{count}.{rank}", weights_only=True)
-            assert found["frozen"]
-            for name, weight in alone["weights"].items():
-                torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-12)
+    count = 3
+    torch.multiprocessing.spawn(resumed, (count, "coupled", str(tmp_path)), nprocs=count)
+    for rank in range(count):
+        found = torch.load(tmp_path / f"second.{count}.{rank}", weights_only=True)
+        assert found["frozen"]
+        for name, weight in alone["weights"].items():
+            torch.testing.assert_close(found["weights"][name], weight, rtol=1e-9, atol=1e-12)
