@@ -11,7 +11,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check bench crash fuzz lenet comparison bench-cpu clean
+.PHONY: demo test lint check bench crash fuzz lenet comparison bench-cpu oto-environment clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -45,10 +45,12 @@ fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)
 
-bench-cpu: .venv/installed  ## WGSEF and its rivals, at most eight hours. Restartable.
-	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) $(BIN)/python -m examples.benchmark --suite cpu \
-		--data-dir $(SETS)
-	$(BIN)/python -m examples.benchmark report --suite cpu
+bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, at most eight hours. Restartable.
+	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark \
+		--suite cpu --data-dir $(SETS)
+	.venv-oto/bin/python -m examples.benchmark report --suite cpu
+
+oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependency of the others.
 
 comparison: .venv/installed  ## Hours: what examples/results was made with. Restartable.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison lenet --data-dir $(DATA) --freeze 0.5 0.8
@@ -58,9 +60,15 @@ comparison: .venv/installed  ## Hours: what examples/results was made with. Rest
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison batchnorm --data-dir $(CIFAR)
 
 clean:
-	rm -rf .venv .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-oto .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+.venv-oto/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-oto
+	.venv-oto/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e ".[dev]" only_train_once==3.0.1
 	touch $@

@@ -116,6 +116,12 @@ def _lasso(situation: Situation, value: float, half_space: HalfSpace | None) -> 
     )
 
 
+def _hesso(situation: Situation, value: float) -> Pruning:
+    from examples.benchmark.oto import hesso  # in an environment of its own
+
+    return hesso(situation, value, FREEZE)
+
+
 METHODS: dict[str, Method] = {
     "dense": Method("learning rate", RATES, lambda s, x: Pruning(lr=x)),
     "small from scratch": Method(
@@ -135,5 +141,6 @@ METHODS: dict[str, Method] = {
     "Torch-Pruning": Method(
         "reg", (1e-4, 1e-3, 1e-2), lambda s, x: TorchPruning(s, x, FREEZE).pruning()
     ),
+    "HESSO": Method("start", (0.0, 0.1, 0.25), _hesso),
     **_ours(),
 }
