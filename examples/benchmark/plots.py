@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record
@@ -31,7 +32,7 @@ SHOWN = (
 
 def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
     """For every task that has runs, accuracy against operations and curves, as SVG and PNG."""
-    written = []
+    written: list[Path] = []
     for task in suite.tasks:
         found = {method: runs_of(records, task, method) for method in suite.methods}
         found = {method: runs for method, runs in found.items() if runs}
@@ -41,12 +42,17 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         _against_operations(left, found)
         _curves(right, found, task)
         figure.suptitle(f"{task.network} on {task.data}, {task.k:.0%} of the groups")
-        for ending in ("svg", "png"):
-            path = folder / f"{task.name}.{ending}"
-            figure.savefig(path, dpi=110, metadata={"Date": None} if ending == "svg" else None)
-            written.append(path)
-        pyplot.close(figure)
+        written += save(figure, folder / task.name)
     return written
+
+
+def save(figure: Figure, path: Path) -> list[Path]:
+    """The two files of a figure, as SVG and PNG."""
+    paths = [path.with_name(f"{path.name}.{ending}") for ending in ("svg", "png")]
+    for each in paths:
+        figure.savefig(each, dpi=110, metadata={"Date": None} if each.suffix == ".svg" else None)
+    pyplot.close(figure)
+    return paths
 
 
 def _against_operations(axes: Axes, found: dict[str, list[Record]]) -> None:

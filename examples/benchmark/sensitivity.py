@@ -8,6 +8,7 @@ from pathlib import Path
 from matplotlib import pyplot
 
 from examples.benchmark.methods import METHODS
+from examples.benchmark.plots import save
 from examples.benchmark.records import Record
 from examples.benchmark.settings import Suite
 from examples.benchmark.tables import origin, runs_of, spread, table
@@ -64,10 +65,4 @@ def heat_maps(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
             for column, mean in enumerate(line):
                 axes.text(column, row, f"{mean:.1f}", ha="center", va="center", fontsize=8)
     figure.colorbar(image, ax=plots, label="test accuracy, %")
-    written = []
-    for ending in ("svg", "png"):
-        path = folder / f"{suite.name}.{ending}"
-        figure.savefig(path, dpi=110, metadata={"Date": None} if ending == "svg" else None)
-        written.append(path)
-    pyplot.close(figure)
-    return written
+    return save(figure, folder / suite.name)
