@@ -239,10 +239,8 @@ class WGSEFCallback(Callback):
         if due and not trainer.barebones:
             self.regularizer.check_finite()
             prefix = self._presentation.prefix
-            metrics = {f"{prefix}/{x}": y for x, y in self.regularizer.metrics().items()}
-            shown = {f"{prefix}/{name}" for name in ("sparsity", "gap")}
-            pl_module.log_dict({x: metrics[x] for x in shown}, prog_bar=True)
-            pl_module.log_dict({x: y for x, y in metrics.items() if x not in shown})
+            for key, value in self.regularizer.metrics().items():
+                pl_module.log(f"{prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
             self._presentation.look(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

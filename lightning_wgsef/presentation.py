@@ -30,7 +30,8 @@ class Presentation:
     def __init__(self, trainer: Trainer, regularizer: WGSEF, prefix: str, dashboard: bool) -> None:
         self.regularizer = regularizer
         self.prefix = prefix
-        self.talks = trainer.is_global_zero and _has_summary(trainer)
+        self._has_summary = _has_summary(trainer)
+        self.talks = trainer.is_global_zero and self._has_summary
         self.announced = regularizer.frozen
         self.dashboards: list[Dashboard] = []
         if dashboard and trainer.is_global_zero:
@@ -42,8 +43,8 @@ class Presentation:
             trainer.print(f"{prefix}:\n{regularizer.groups}")
 
     def freeze(self, trainer: Trainer) -> None:
-        """Say once that the mask is fixed."""
-        if self.announced or not self.regularizer.frozen:
+        """Say that the mask is fixed, unless it was before."""
+        if self.announced:
             return
         self.announced = True
         if self.talks:
@@ -66,6 +67,8 @@ class Presentation:
 
         Every process has to ask where weights are sharded.
         """
+        if not self._has_summary and not self._shows_more:
+            return
         groups = self.regularizer.groups
         report, norms = sparsity_report(whole_model(model), groups), groups.norms()
         if self.talks:
@@ -89,7 +92,7 @@ class Presentation:
 
 
 def _has_summary(trainer: Trainer) -> bool:
-    names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]
+    names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]  # set by a connector
     return bool(names & {"ModelSummary", "RichModelSummary"})
 
 

@@ -158,7 +158,8 @@ def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            names = file.keys()  # an open file is no mapping: it cannot be iterated over
+            tensors = {name: file.get_tensor(name) for name in names}
     except safetensors.SafetensorError as error:
         raise ValueError(f"path: {path} is truncated or no safetensors file: {error}") from error
     if header.get("format") != _FORMAT:
@@ -208,9 +209,9 @@ def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
                 )
 
 
-def _check_increasing(name: str, indices: object, size: int) -> None:
+def _check_increasing(name: str, indices: Any, size: int) -> None:
     whole = isinstance(indices, list) and all(type(index) is int for index in indices)
-    if not whole or any(a >= b for a, b in pairwise([-1, *indices, size])):  # type: ignore[misc]
+    if not whole or any(a >= b for a, b in pairwise([-1, *indices, size])):
         raise ValueError(
             f"{name} must be increasing indices below {size}, got {reprlib.repr(indices)}"
         )

@@ -103,11 +103,10 @@ class Fuzzed(pl.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         return nn.functional.cross_entropy(self(batch[0]), batch[1])
 
-    def log_dict(self, dictionary: Any, *arguments: Any, **more: Any) -> None:
+    def log(self, name: str, value: Any, *arguments: Any, **more: Any) -> None:
         step = self.trainer.fit_loop.total_batch_idx
-        numbers = {name: float(value) for name, value in dictionary.items()}
-        self.logged.setdefault(step, {}).update(numbers)
-        super().log_dict(dictionary, *arguments, **more)
+        self.logged.setdefault(step, {})[name] = float(value)
+        super().log(name, value, *arguments, **more)
 
     def configure_optimizers(self) -> Any:
         kind, settings = OPTIMIZERS[self.drawn.optimizer]

@@ -19,6 +19,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from lightning_wgsef import WGSEF, CubicRamp, HalfSpace, Homotopy
+from lightning_wgsef.groupings.whole_model import whole_model
 
 STEPS = 26
 BATCH = 12  # which two, three and four processes share evenly
@@ -102,6 +103,9 @@ def train(
         with CommDebugMode() as communication:
             optimizer.step()
         sums.append(sum(communication.get_comm_counts().values()))
+    if torch.distributed.is_initialized():  # what happens to a copy leaves the network alone
+        for value in whole_model(network).parameters():
+            value.data.zero_()
     return {
         "weights": {name: whole(value) for name, value in network.named_parameters()},
         "moments": {
@@ -182,6 +186,7 @@ def work(rank: int, count: int, tasks: list[tuple[str, str]], folder: str) -> No
         share = PLACEMENTS[placement](network, count)
         found = train(network, CASES[case][0], share=share)
         torch.save(found, Path(folder) / f"{number}.{rank}")
+    torch.distributed.barrier()  # who leaves early may take the others along
     torch.distributed.destroy_process_group()
 
 
@@ -196,4 +201,5 @@ def resumed(rank: int, count: int, case: str, folder: str) -> None:
     share = rows(network, count)
     found = train(network, CASES[case][0], range(13, STEPS), first["state"], share)
     torch.save(found, Path(folder) / f"second.{count}.{rank}")
+    torch.distributed.barrier()  # who leaves early may take the others along
     torch.distributed.destroy_process_group()

@@ -38,9 +38,10 @@ def whole_model(model: nn.Module) -> nn.Module:
         return model
     known: dict[int, Any] = {}
     for parameter in model.parameters():
-        known[id(parameter)] = nn.Parameter(whole(parameter).cpu(), parameter.requires_grad)
+        values = whole(parameter).to("cpu", copy=True)  # some are whole here, and no copy yet
+        known[id(parameter)] = nn.Parameter(values, parameter.requires_grad)
     for buffer in model.buffers():
-        known[id(buffer)] = whole(buffer).cpu().clone()
+        known[id(buffer)] = whole(buffer).to("cpu", copy=True)
     for module in model.modules():
         for name, value in vars(module).items():
             if name.startswith("__composable_api"):  # what sharding remembers
