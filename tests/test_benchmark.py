@@ -224,3 +224,30 @@ def test_suites_that_come_along_can_be_read(path: Path) -> None:
     assert suite.tasks
     for task in suite.tasks:
         assert task.epochs % 2 == 0, "the mask is fixed between two epochs"
+
+
+def test_data_that_are_absent_are_named_before_anything_trains(tmp_path: Path) -> None:
+    """Without network."""
+    (tmp_path / "small.yaml").write_text(SUITE.replace("data: digits", "data: fashion-mnist"))
+    folder = tmp_path / "fashion-mnist"
+    folder.mkdir()
+    proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
+    done = subprocess.run(
+        command(tmp_path, "--data-dir", str(tmp_path)),
+        cwd=ROOT,
+        env={**os.environ, **proxies},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert str(folder) in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+    """An image of 8 pixels is too small for LeNet-5."""
+    (tmp_path / "small.yaml").write_text(SUITE.replace("small-conv", "lenet5"))
+    done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "failed: RuntimeError: " in done.stdout + done.stderr

@@ -37,7 +37,10 @@ def main() -> int:
     known = {"network": NETWORKS, "data": DATA, "methods": METHODS}
     try:
         suite = read_suite(options.suite, known)
-    except ValueError as error:
+        if options.what == "run":
+            for name in sorted({task.data for task in suite.tasks}):
+                DATA[name](options.data_dir, 1, "cpu").prepare_data()
+    except (ValueError, RuntimeError) as error:  # of data that cannot be downloaded, too
         print(error, file=sys.stderr)
         return 2
     folder = options.results / suite.name

@@ -25,7 +25,7 @@ from examples.benchmark.situation import Pruning, Situation
 from lightning_wgsef import Groups, group_parameters
 
 sys.modules["torch.onnx._globals"] = _globals
-torch.onnx._optimize_graph = utils._optimize_graph  # type: ignore[attr-defined]
+torch.onnx._optimize_graph = utils._optimize_graph
 sys.modules.setdefault("imp", ModuleType("imp"))  # imported there, unused; Python 3.12 has none
 try:
     from only_train_once import OTO

@@ -9,8 +9,10 @@ import resource
 import shutil
 import time
 import warnings
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from examples.benchmark.networks import DATA, NETWORKS
 from examples.benchmark.records import Record, set_aside
 from examples.benchmark.settings import Run
 from examples.benchmark.situation import Pruning, Situation, counted
-from examples.benchmark.watching import Checkpoint, Clock, CosineRate, Watch, accuracy
+from examples.benchmark.watching import Checkpoint, Clock, CosineRate, Watch, accuracy, total_steps
 from examples.data import InMemory
 from examples.networks import Classifier
 from lightning_wgsef import group_parameters, slim
@@ -31,7 +33,7 @@ from lightning_wgsef.network_report import network_report
 
 PLAIN_STEPS = 30
 LATENCY_BATCHES = (1, 64)
-PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao")
+PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao", "only-train-once")
 
 
 class Trained(Classifier):
@@ -44,8 +46,7 @@ class Trained(Classifier):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """The task's optimizer, as the method wants it."""
         optimizer = plain_optimizer(self.network, self.run, self.lr)
-        steps = int(self.trainer.estimated_stepping_batches)
-        return self.pruning.wrap(optimizer, self.network, steps)
+        return self.pruning.wrap(optimizer, self.network, total_steps(self.trainer))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Bring the network into the form that the checkpoint's has."""
@@ -107,12 +108,21 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **watch.seen,
         **outcome(model.cpu().network, original, data, run),
-        "versions": {package: version(package) for package in PACKAGES},
+        "versions": installed(PACKAGES),
         "hardware": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
     }
     shutil.rmtree(work)
     return record
+
+
+def installed(packages: Iterable[str]) -> dict[str, str]:
+    """Versions of those that are there: OTO has an environment of its own."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def usable(checkpoint: Path) -> Path | None:

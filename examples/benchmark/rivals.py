@@ -15,8 +15,10 @@ from torch.optim import Optimizer
 from torchao.prototype.pat.optim import PruneOptimizer
 
 from examples.benchmark.situation import Alive, Count, Pruning, Situation
+from examples.benchmark.watching import total_steps
 from lightning_wgsef import group_parameters, slim
 from lightning_wgsef.groups import Groups
+from lightning_wgsef.schedules import in_steps
 
 
 def smaller_network(situation: Situation) -> nn.Module:
@@ -110,7 +112,7 @@ class CutToBudget(pl.Callback):
     @torch.no_grad()
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
         """Cut after the last step of the first half."""
-        if trainer.global_step == int(self.freeze * trainer.estimated_stepping_batches + 0.5):
+        if trainer.global_step == in_steps("freeze", self.freeze, total_steps(trainer)):
             for layer, kept in self.layers.values():
                 norms = layer.weight.flatten(1).norm(dim=1)
                 weakest = norms.argsort()[: len(norms) - kept]
@@ -177,7 +179,7 @@ def _pat(situation: Situation, settings: Any, lam: float, warm_up: float, freeze
         return AfterClosure(
             base,
             warmup_steps=int(warm_up * steps),
-            healing_start_step=int(freeze * steps + 0.5),
+            healing_start_step=in_steps("freeze", freeze, steps),
             reg_lambda=lam,
         )
 

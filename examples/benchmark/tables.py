@@ -43,7 +43,8 @@ def origin(suite: Suite, records: list[Record], command: str) -> list[str]:
     lines = [f"# {suite.name}", "", f"`{command}`"]
     if hardware := sorted({record["hardware"] for record in records}):
         dates = sorted(record["date"] for record in records)
-        versions = ", ".join(f"{name} {x}" for name, x in records[-1]["versions"].items())
+        used = {name: x for record in records for name, x in record["versions"].items()}
+        versions = ", ".join(f"{name} {x}" for name, x in used.items())
         lines += ["", f"{'; '.join(hardware)}; {dates[0]} to {dates[-1]}; {versions}."]
     return lines
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from examples.batches import Batches
 from examples.benchmark.situation import Count
+from lightning_wgsef.schedules import in_steps
 
 
 @torch.no_grad()
@@ -28,6 +29,11 @@ def accuracy(model: nn.Module, batches: Batches) -> float:
     right = torch.stack([(model(images).argmax(1) == labels).sum() for images, labels in pairs])
     model.train(training)
     return 100 * int(right.sum()) / len(batches.labels)
+
+
+def total_steps(trainer: pl.Trainer) -> int:
+    """How many steps training lasts."""
+    return int(trainer.estimated_stepping_batches)
 
 
 class CosineRate(pl.Callback):
@@ -128,7 +134,7 @@ class Watch(pl.Callback):
         self.seen["alive"].append(self.count(pl_module.network))
 
     def _half(self, trainer: pl.Trainer) -> int:
-        return int(self.freeze * trainer.estimated_stepping_batches + 0.5)
+        return in_steps("freeze", self.freeze, total_steps(trainer))
 
 
 class Checkpoint(pl.Callback):

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -37,10 +37,15 @@ class Folders:
     data: Path
     records: Path
     work: Path
+    _known: dict[str, Record] = field(default_factory=dict)
 
     def record(self, run: Run) -> Record | None:
-        """Of a run, if it is finished."""
-        return read_record(self.records / f"{run.name}.json")
+        """Of a run, if it is finished; it is read once."""
+        if run.name not in self._known:
+            if (record := read_record(self.records / f"{run.name}.json")) is None:
+                return None
+            self._known[run.name] = record
+        return self._known[run.name]
 
 
 def trials(suite: Suite, task: Task, method: str) -> list[Run]:
@@ -55,10 +60,11 @@ def trials(suite: Suite, task: Task, method: str) -> list[Run]:
 
 def best_value(suite: Suite, task: Task, method: str, folders: Folders) -> float | None:
     """The value of the trial with the best validation accuracy; None while one is missing."""
-    found = [(run.value, folders.record(run)) for run in trials(suite, task, method)]
-    if any(record is None for _, record in found):
+    runs = trials(suite, task, method)
+    found = {run.value: record for run in runs if (record := folders.record(run)) is not None}
+    if len(found) < len(runs):
         return None
-    return max(found, key=lambda pair: pair[1]["validation_accuracy"])[0]  # type: ignore[index]
+    return max(found, key=lambda value: found[value]["validation_accuracy"])
 
 
 def finals(suite: Suite, task: Task, method: str, folders: Folders) -> list[Run]:
@@ -100,8 +106,9 @@ def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: 
         bar.update(_finished_epochs(suite, folders))
         bar.unpause()
         while True:
-            for run in waiting(suite, folders):
-                if len(active) == workers or time.time() > until:
+            free = len(active) < workers and time.time() <= until
+            for run in waiting(suite, folders) if free else ():
+                if len(active) == workers:
                     break
                 if run.name not in active and run.name not in failed:
                     process = context.Process(
@@ -120,7 +127,7 @@ def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: 
                     raise OSError(errno.ENOSPC, "no space left; finished runs are intact")
                 if folders.record(run) is None:
                     failed.add(name)
-                    tqdm.write(f"{name} failed (exit status {process.exitcode}): {folders.work}")
+                    tqdm.write(f"{name} failed: {_reason(process.exitcode, folders.work, name)}")
                 else:
                     bar.update(run.task.epochs)
                     tqdm.write(_line(run, folders.record(run)))
@@ -144,6 +151,14 @@ def _work(run: Run, folders: Folders, device: str) -> None:
             sys.exit(NO_SPACE)
         reason.write_text(traceback.format_exc(), encoding="utf-8")
         sys.exit(1)
+
+
+def _reason(status: int | None, work: Path, name: str) -> str:
+    """The last line of what the run said, and where all of it is."""
+    path = work / f"{name}.failed"
+    if not path.exists():
+        return f"its process ended with status {status}; run the suite again to go on with it"
+    return f"{path.read_text(encoding='utf-8').rstrip().splitlines()[-1]} (all of it: {path})"
 
 
 def _epochs(suite: Suite) -> int:
