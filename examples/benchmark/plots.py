@@ -8,6 +8,7 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams["svg.hashsalt"] = "benchmark"  # the same records make the same file
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
