@@ -8,7 +8,6 @@ from pathlib import Path
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams["svg.hashsalt"] = "benchmark"  # the same records make the same file
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
@@ -50,8 +49,10 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
 def save(figure: Figure, path: Path) -> list[Path]:
     """The two files of a figure, as SVG and PNG."""
     paths = [path.with_name(f"{path.name}.{ending}") for ending in ("svg", "png")]
-    for each in paths:
-        figure.savefig(each, dpi=110, metadata={"Date": None} if each.suffix == ".svg" else None)
+    with matplotlib.rc_context({"svg.hashsalt": "benchmark"}):  # the same file every time
+        for each in paths:
+            metadata = {"Date": None} if each.suffix == ".svg" else None
+            figure.savefig(each, dpi=110, metadata=metadata)
     pyplot.close(figure)
     return paths
 
