@@ -48,6 +48,8 @@ lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four fil
 bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, at most eight hours. Restartable.
 	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark \
 		--suite cpu --data-dir $(SETS)
+	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark latencies \
+		--suite cpu
 	.venv-oto/bin/python -m examples.benchmark report --suite cpu
 
 oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependency of the others.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -19,8 +20,11 @@ from examples.benchmark import protocol
 from examples.benchmark.methods import METHODS
 from examples.benchmark.networks import DATA, NETWORKS
 from examples.benchmark.records import read_record
+from examples.benchmark.rivals import smaller_network
 from examples.benchmark.settings import Run, Task, read_suite
+from examples.benchmark.situation import Situation, counted
 from examples.benchmark.watching import Checkpoint
+from lightning_wgsef import group_parameters
 
 ROOT = Path(__file__).parents[1]
 TASK = Task(
@@ -152,16 +156,38 @@ def test_a_killed_suite_loses_one_epoch_at_most(tmp_path: Path) -> None:
     assert again.wait(timeout=300) == 0
     records = sorted((tmp_path / "results" / "small" / "records").glob("*.json"))
     assert len(records) == 4
-    assert not list(work.glob("*/*"))
+    assert not list(work.glob("*/*.ckpt"))
     for path in records:
         record = read_record(path)
         assert record is not None
         assert len(record["validation"]) == record["task"]["epochs"]
-    done = subprocess.run(command(tmp_path, "report"), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+        assert record["trial"] or len(record["step_ratios"]) == record["task"]["epochs"]
+    for what in ("latencies", "report"):
+        done = subprocess.run(command(tmp_path, what), cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    (latencies,) = json.loads(
+        (tmp_path / "results" / "small" / "latencies.json").read_text()
+    ).values()
+    assert all(0 < lower <= median <= upper for median, lower, upper in latencies)
     text = (tmp_path / "results" / "small" / "README.md").read_text()
     assert "| **homotopy, structure, layer** |" in text
     assert (tmp_path / "results" / "small" / "digits.svg").stat().st_size > 1000
+
+
+def test_a_single_channel_that_is_left_is_counted() -> None:
+    """It competes with nothing, so `group_parameters` finds no group."""
+    run = run_of("dense")
+    dense = NETWORKS[run.task.network](**run.task.arguments)
+    situation = Situation(replace(run.task, k=1 / 16), dense, torch.zeros(2, 1, 8, 8))
+    arguments = situation.groups()
+    groups = group_parameters(dense, **arguments)
+    small = smaller_network(situation)
+    expected = {layer.name: [int(layer.budget), layer.count] for layer in groups.layers}
+    assert [1, 16] in expected.values()
+    assert counted(groups, arguments)(small) == expected
+    assert counted(groups, arguments)(dense) == {
+        layer.name: [layer.count, layer.count] for layer in groups.layers
+    }
 
 
 def epochs_in(checkpoint: Path) -> int:
@@ -250,4 +276,4 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     (tmp_path / "small.yaml").write_text(SUITE.replace("small-conv", "lenet5"))
     done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
-    assert "failed: RuntimeError: " in done.stdout + done.stderr
+    assert "failed: ValueError: example_input must be what LeNet5" in done.stdout + done.stderr

@@ -23,7 +23,7 @@ from examples.benchmark.situation import Pruning, Situation, counted
 from examples.benchmark.watching import Checkpoint
 from examples.networks import SmallConvNet
 from examples.residual_networks import CifarResNet
-from lightning_wgsef import slim
+from lightning_wgsef import group_parameters, slim
 
 needs_oto = pytest.mark.skipif(
     importlib.util.find_spec("only_train_once") is None,
@@ -142,7 +142,8 @@ def train(network: nn.Module, optimizer: Any, rates: list[float], seed: int = 0)
 
 def alive(pruning: Pruning, network: nn.Module) -> dict[str, int]:
     assert pruning.groups is not None
-    return {name: count for name, (count, _) in counted(pruning.groups)(network).items()}
+    groups = group_parameters(network, **pruning.groups)
+    return {name: count for name, (count, _) in counted(groups, pruning.groups)(network).items()}
 
 
 @needs_oto

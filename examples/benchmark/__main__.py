@@ -1,6 +1,7 @@
-"""Run a suite, or make its tables and plots from the records.
+"""Run a suite, measure what it left, or make its tables and plots from the records.
 
 python -m examples.benchmark --suite cpu --data-dir data
+python -m examples.benchmark latencies --suite cpu
 python -m examples.benchmark report --suite cpu
 """
 
@@ -11,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+from examples.benchmark.latencies import measure_all, read_latencies
 from examples.benchmark.methods import METHODS
 from examples.benchmark.networks import DATA, NETWORKS
 from examples.benchmark.plots import draw
@@ -25,7 +27,7 @@ RESULTS = Path(__file__).parent.parent / "results"
 def main() -> int:
     """The exit status: 0 when everything is finished."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", nargs="?", choices=("run", "report"), default="run")
+    parser.add_argument("what", nargs="?", choices=("run", "latencies", "report"), default="run")
     parser.add_argument("--suite", required=True, help=f"one of {known_suites()}, or a YAML file")
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the data sets")
     parser.add_argument("--results", type=Path, default=RESULTS, help="of records and tables")
@@ -55,10 +57,16 @@ def main() -> int:
             print(error, file=sys.stderr)
             return 1
         return 0 if done else 1
+    if options.what == "latencies":
+        measure_all(folders.records, work, options.device)
+        return 0
     records = read_records(folders.records)
     command = f"python -m examples.benchmark --suite {suite.name}"
     tuned = suite.values is None
-    text = (report if tuned else grid_report)(suite, records, command)
+    if tuned:
+        text = report(suite, records, read_latencies(folder), command)
+    else:
+        text = grid_report(suite, records, command)
     (folder / "README.md").write_text(text, encoding="utf-8")
     for path in [folder / "README.md", *(draw if tuned else heat_maps)(suite, records, folder)]:
         print(path)

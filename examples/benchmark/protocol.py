@@ -7,6 +7,7 @@ import logging
 import platform
 import resource
 import shutil
+import statistics
 import time
 import warnings
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
+from examples.benchmark.latencies import save_small, small_networks
 from examples.benchmark.methods import FREEZE, METHODS
 from examples.benchmark.networks import DATA, NETWORKS
 from examples.benchmark.records import Record, set_aside
@@ -32,7 +34,6 @@ from lightning_wgsef import group_parameters, slim
 from lightning_wgsef.network_report import network_report
 
 PLAIN_STEPS = 30
-LATENCY_BATCHES = (1, 64)
 PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao", "only-train-once")
 
 
@@ -89,25 +90,23 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
     network = dense if pruning.network is None else pruning.network
     original = copy.deepcopy(dense)
     model = Trained(network, run, pruning, data.num_classes)
-    plain = plain_seconds(copy.deepcopy(network), run, data, device)
-    groups = pruning.groups or situation.groups()
-    budgets = group_parameters(original, **groups).budgets
-    count = pruning.count or counted(groups)
+    groups = group_parameters(original, **(pruning.groups or situation.groups()))
+    count = pruning.count or counted(groups, pruning.groups or situation.groups())
     watch = Watch(data.val_dataloader(), count, FREEZE)
     checkpoint = work / "last.ckpt"
-    clock = Clock()
+    clock = Clock(None if run.trial else lambda: plain_seconds(original, run, data, device))
     callbacks = [CosineRate(model.lr), clock, *pruning.callbacks, watch, Checkpoint(checkpoint)]
     trainer = make_trainer(run, callbacks, device, max_epochs=run.task.epochs)
     trainer.fit(model, data, ckpt_path=usable(checkpoint), weights_only=False)
     record = {
         "name": run.name,
         **asdict(run),
-        "budget": float(budgets.sum()),
+        "budget": float(groups.budgets.sum()),
         "seconds": round(sum(clock.seconds), 1),
-        "step_ratio": clock.median() / plain,
+        "step_ratios": clock.ratios,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **watch.seen,
-        **outcome(model.cpu().network, original, data, run),
+        **outcome(model.cpu().network, original, data, run, small_networks(work.parent) / run.name),
         "versions": installed(PACKAGES),
         "hardware": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
         "date": time.strftime("%Y-%m-%d"),
@@ -156,17 +155,25 @@ def make_trainer(
     )
 
 
-def plain_seconds(network: nn.Module, run: Run, data: InMemory, device: str) -> float:
-    """Median time of a training step without any method, in the same Trainer."""
-    model, clock = Trained(network, run, Pruning(), data.num_classes), Clock()
+def plain_seconds(dense: nn.Module, run: Run, data: InMemory, device: str) -> float:
+    """Median time of a training step of the dense network, in the same Trainer."""
+    model, clock = Trained(copy.deepcopy(dense), run, Pruning(), data.num_classes), Clock()
     trainer = make_trainer(run, [clock], device, max_epochs=-1, max_steps=PLAIN_STEPS)
     with torch.random.fork_rng():
         trainer.fit(model, copy.copy(data.train_dataloader()))
-    return clock.median()
+    return statistics.median(clock.seconds)
 
 
-def outcome(network: nn.Module, dense: nn.Module, data: InMemory, run: Run) -> Record:
-    """What the trained network is worth, and what is left of it when it is made smaller."""
+def outcome(network: nn.Module, dense: nn.Module, data: InMemory, run: Run, path: Path) -> Record:
+    """What the trained network is worth, and what is left of it when it is made smaller.
+
+    Args:
+        network: the trained one.
+        dense: the one before training.
+        data: its data.
+        run: what was done.
+        path: where the smaller network is kept until its latency is measured.
+    """
     found: Record = {"validation_accuracy": accuracy(network, data.val_dataloader())}
     if run.trial:
         return found  # the test images are for runs that count
@@ -174,12 +181,9 @@ def outcome(network: nn.Module, dense: nn.Module, data: InMemory, run: Run) -> R
     example = torch.zeros(2, *data.image_shape)
     small = slim(network, example)
     networks = {"dense": dense, "slim": small}
-    rows = network_report(networks, example, batch_sizes=LATENCY_BATCHES).networks
+    rows = network_report(networks, example).networks
     found["slim_test_accuracy"] = accuracy(small, data.test_dataloader())
     found["parameters"] = [row.parameters for row in rows]
     found["flops"] = [row.flops for row in rows]
-    for batch in rows[1].latency.batches:
-        assert batch.ratio is not None
-        ratio = [batch.ratio.median, batch.ratio.lower, batch.ratio.upper]
-        found[f"latency_ratio_{batch.batch_size}"] = ratio
+    save_small(path, small, example)
     return found

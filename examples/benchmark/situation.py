@@ -71,8 +71,13 @@ class Pruning:
     restore: Callable[[nn.Module, dict[str, Any]], None] = lambda network, checkpoint: None
 
 
-def counted(arguments: dict[str, Any]) -> Count:
-    """Counts groups; ``arguments`` are those of `group_parameters`."""
+def counted(dense: Groups, arguments: dict[str, Any]) -> Count:
+    """Counts groups of a network that may have been cut.
+
+    Args:
+        dense: the groups that there were.
+        arguments: those of `group_parameters`.
+    """
     known: dict[tuple[int, ...], Groups] = {}
 
     def count(network: nn.Module) -> Alive:
@@ -81,7 +86,9 @@ def counted(arguments: dict[str, Any]) -> Count:
             known.clear()
             known[key] = group_parameters(network, **arguments)
         groups = known[key]
-        parts = groups.split(groups.alive())
-        return {name: [int(part.sum()), len(part)] for name, part in parts.items()}
+        # One channel alone competes with nothing, and is no group: it was not found, but is there.
+        alive = {layer.name: 1 for layer in dense.layers}
+        alive |= {name: int(part.sum()) for name, part in groups.split(groups.alive()).items()}
+        return {layer.name: [alive[layer.name], layer.count] for layer in dense.layers}
 
     return count

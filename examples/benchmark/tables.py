@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from examples.benchmark.latencies import BATCHES, Latencies
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record, read_record
 from examples.benchmark.settings import Suite, Task
@@ -30,11 +31,11 @@ def runs_of(records: Iterable[Record], task: Task, method: str) -> list[Record]:
     return sorted(found, key=lambda record: (record["value"], record["seed"]))
 
 
-def report(suite: Suite, records: list[Record], command: str) -> str:
+def report(suite: Suite, records: list[Record], latencies: Latencies, command: str) -> str:
     """Everything about a suite, as Markdown."""
     lines = origin(suite, records, command)
     for task in suite.tasks:
-        lines += ["", f"## {task.name}", "", *_task_lines(suite, records, task)]
+        lines += ["", f"## {task.name}", "", *_task_lines(suite, records, latencies, task)]
     return "\n".join(lines) + "\n"
 
 
@@ -49,7 +50,7 @@ def origin(suite: Suite, records: list[Record], command: str) -> list[str]:
     return lines
 
 
-def _task_lines(suite: Suite, records: list[Record], task: Task) -> list[str]:
+def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task: Task) -> list[str]:
     found = {method: runs_of(records, task, method) for method in task.methods(suite)}
     reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
     done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds)]
@@ -67,7 +68,7 @@ def _task_lines(suite: Suite, records: list[Record], task: Task) -> list[str]:
             ],
             [_accuracy_row(method, found[method], reference) for method in ranked],
         )
-        lines += ["", *_cost_lines(ranked, found)]
+        lines += ["", *_cost_lines(ranked, found, latencies)]
     missing = [method for method in found if method not in done]
     if missing:
         lines += ["", f"Not run (all seeds): {'; '.join(missing)}."]
@@ -75,17 +76,19 @@ def _task_lines(suite: Suite, records: list[Record], task: Task) -> list[str]:
     return lines
 
 
-def _cost_lines(ranked: Sequence[str], found: dict[str, list[Record]]) -> list[str]:
+def _cost_lines(
+    ranked: Sequence[str], found: dict[str, list[Record]], latencies: Latencies
+) -> list[str]:
     header = [
         "method",
         "parameters left",
         "FLOPs left",
         "slim less masked accuracy",
-        "latency slim / dense, batch 1, 64",
+        f"latency slim / dense, batch {', '.join(map(str, BATCHES))}",
         "training step / plain",
         "peak memory, MiB",
     ]
-    return table(header, [_cost_row(method, found[method]) for method in ranked])
+    return table(header, [_cost_row(method, found[method], latencies) for method in ranked])
 
 
 def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record]) -> list[str]:
@@ -104,17 +107,19 @@ def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record])
     return [bold, value, accuracy, paired, freeze, budget]
 
 
-def _cost_row(method: str, runs: list[Record]) -> list[str]:
+def _cost_row(method: str, runs: list[Record], latencies: Latencies) -> list[str]:
     parameters = statistics.mean(run["parameters"][1] / run["parameters"][0] for run in runs)
     flops = statistics.mean(run["flops"][1] / run["flops"][0] for run in runs)
     slim = statistics.mean(run["slim_test_accuracy"] - run["test_accuracy"] for run in runs)
-    ratios = [
-        statistics.median(run[f"latency_ratio_{size}"][0] for run in runs) for size in (1, 64)
+    measured = [latencies[run["name"]] for run in runs if run["name"] in latencies]
+    medians = [
+        statistics.median(ratio for ratio, _, _ in batch) for batch in zip(*measured, strict=True)
     ]
-    step = statistics.median(run["step_ratio"] for run in runs)
+    latency = ", ".join(f"{median:.2f}" for median in medians) or "not measured"
+    step = statistics.median(ratio for run in runs for ratio in run["step_ratios"])
     memory = statistics.mean(run["peak_bytes"] for run in runs) / 2**20
     shares = [f"{parameters:.1%}", f"{flops:.1%}", f"{slim:+.2f}"]
-    return [method, *shares, f"{ratios[0]:.2f}, {ratios[1]:.2f}", f"{step:.2f}", f"{memory:.0f}"]
+    return [method, *shares, latency, f"{step:.2f}", f"{memory:.0f}"]
 
 
 def spread(values: Sequence[float], sign: str = "") -> str:

@@ -6,6 +6,7 @@ import math
 import os
 import statistics
 import time
+from collections.abc import Callable
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,28 @@ class CosineRate(pl.Callback):
 
 
 class Clock(pl.Callback):
-    """The time of every training step, with all that is hooked to it."""
+    """The time of every training step, with all that is hooked to it.
 
-    def __init__(self) -> None:
+    Args:
+        plain: measures a plain step. It is asked after every epoch, so that whatever else slows the
+            machine down slows both.
+    """
+
+    def __init__(self, plain: Callable[[], float] | None = None) -> None:
+        self.plain = plain
         self.seconds: list[float] = []
+        self.ratios: list[float] = []
         self._started = 0.0
+        self._counted = 0
 
     def state_dict(self) -> dict[str, Any]:
         """The times so far."""
-        return {"seconds": self.seconds}
+        return {"seconds": self.seconds, "ratios": self.ratios}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with those of before."""
-        self.seconds = state_dict["seconds"]
+        self.seconds, self.ratios = state_dict["seconds"], state_dict["ratios"]
+        self._counted = len(self.seconds)
 
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
         """Start."""
@@ -75,9 +85,11 @@ class Clock(pl.Callback):
         _wait(trainer)
         self.seconds.append(time.perf_counter() - self._started)
 
-    def median(self) -> float:
-        """Of all steps."""
-        return statistics.median(self.seconds)
+    def on_train_epoch_end(self, *_: Any) -> None:
+        """Compare the steps of this epoch with plain ones."""
+        if self.plain is not None:
+            self.ratios.append(statistics.median(self.seconds[self._counted :]) / self.plain())
+            self._counted = len(self.seconds)
 
 
 def _wait(trainer: pl.Trainer) -> None:
