@@ -11,7 +11,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check bench crash fuzz lenet comparison bench-cpu oto-environment clean
+.PHONY: demo test lint check bench crash fuzz browser lenet comparison bench-cpu oto-environment clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -41,6 +41,12 @@ crash: .venv/installed  ## Twenty trainings killed at random moments, and resume
 fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
 	FUZZ=500 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/test_fuzz.py --no-cov \
 		--show-capture=no --tb=short
+
+browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the README.
+	command -v chromedriver > /dev/null || \
+		apt-get install -y --no-install-recommends chromium chromium-driver
+	mkdir -p examples/results/dashboard
+	PICTURES=examples/results/dashboard $(BIN)/python -m pytest tests/test_browser.py --no-cov
 
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)

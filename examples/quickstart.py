@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=30)
     parser.add_argument("--k", type=float, default=0.25, help="share of the channels that stay")
     options = parser.parse_args()
-    callback = WGSEFCallback(k=options.k, grouping="channel")
+    callback = WGSEFCallback(k=options.k, grouping="channel", dashboard=True)
     data = Digits(batch_size=64)
     compare(SmallConvNet, data, options.epochs, lr=3e-3, name="quickstart", callback=callback)
 

@@ -18,18 +18,18 @@ from lightning_wgsef.groupings.layer_weights import Weights
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groupings.whole_model import whole_model
 from lightning_wgsef.half_space import HalfSpace
+from lightning_wgsef.hparams import hold_back, release, write_hparams
 from lightning_wgsef.masks import apply_masks_to
 from lightning_wgsef.penalties import Penalty
 from lightning_wgsef.presentation import Presentation
 from lightning_wgsef.regularizer import WGSEF
 from lightning_wgsef.schedules import CubicRamp, Schedule
 from lightning_wgsef.slim_files import write_slim
+from lightning_wgsef.strategies import check_strategy, restores_later
 from lightning_wgsef.whole_files import check_writable
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
-
-_UNSUPPORTED = ("FSDPStrategy", "DeepSpeedStrategy")
 
 
 class WGSEFCallback(Callback):
@@ -138,6 +138,12 @@ class WGSEFCallback(Callback):
         self._state: Mapping[str, Any] = {}
         self._averages_masked = False
         self._presentation: Presentation | None = None
+        self._held_back: list[Any] = []
+
+    @property
+    def prefix(self) -> str:
+        """Of the logged names."""
+        return "wgsef" if self.name is None else f"wgsef/{self.name}"
 
     @property
     def state_key(self) -> str:
@@ -164,18 +170,13 @@ class WGSEFCallback(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Refuse strategies under which the weights cannot be edited."""
-        names = {base.__name__ for base in type(trainer.strategy).__mro__}
-        for unsupported in _UNSUPPORTED:
-            if stage == "fit" and unsupported in names:
-                raise ValueError(
-                    f"strategy={unsupported} flattens the weights of several layers into one "
-                    "vector, in which WGSEFCallback finds no groups; use 'ddp', or "
-                    "ModelParallelStrategy with fully_shard (FSDP2) in configure_model"
-                )
+        if stage == "fit":
+            check_strategy(trainer)
+            self._held_back = hold_back(trainer) if self.dashboard else []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Group the weights, with everything that can be wrong about them, before training."""
-        if not _restores_later(trainer):
+        if not restores_later(trainer):
             self._group(trainer, pl_module)
 
     def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -201,7 +202,8 @@ class WGSEFCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to this fit's optimizers and continue from the saved state, if any."""
-        if _restores_later(trainer):
+        release(self._held_back)
+        if restores_later(trainer):
             self._group(trainer, pl_module)
         assert self.regularizer is not None
         self._averages_masked = False
@@ -217,8 +219,7 @@ class WGSEFCallback(Callback):
                 "groups until one does (leave them out with exclude to silence this)",
                 stacklevel=2,
             )
-        prefix = "wgsef" if self.name is None else f"wgsef/{self.name}"
-        self._presentation = Presentation(trainer, self.regularizer, prefix, self.dashboard)
+        self._presentation = Presentation(trainer, self.regularizer, self.prefix, self.dashboard)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -238,9 +239,8 @@ class WGSEFCallback(Callback):
         due = trainer._logger_connector.should_update_logs or trainer.is_last_batch
         if due and not trainer.barebones:
             self.regularizer.check_finite()
-            prefix = self._presentation.prefix
             for key, value in self.regularizer.metrics().items():
-                pl_module.log(f"{prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
+                pl_module.log(f"{self.prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
             self._presentation.look(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -249,7 +249,8 @@ class WGSEFCallback(Callback):
         self.regularizer.check_finite()
         self.regularizer.detach()
         if self._presentation is not None and not trainer.interrupted:
-            self._presentation.end(trainer, pl_module, self.arguments)
+            self._presentation.end(trainer, pl_module)
+            write_hparams(trainer, self)
         if not self.regularizer.frozen and self.arguments["freeze"] is not None:
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
             warnings.warn(
@@ -289,10 +290,6 @@ class WGSEFCallback(Callback):
         self._detach()
 
     def _detach(self) -> None:
+        release(self._held_back)
         if self.regularizer is not None:
             self.regularizer.detach()
-
-
-def _restores_later(trainer: Trainer) -> bool:
-    """Are the weights of a checkpoint restored between the start of the fit and of training?"""
-    return trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None

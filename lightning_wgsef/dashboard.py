@@ -1,8 +1,7 @@
-"""What TensorBoard shows on top of scalars: a layout, histograms, pictures, the report, hparams."""
+"""What TensorBoard shows on top of scalars: a layout, histograms, pictures, the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -50,25 +49,10 @@ class Dashboard:
             image = self.life.picture(name)
             self.writer.add_image(f"{self.prefix}/{name}/life_of_the_groups", image, step)
 
-    def finish(
-        self, report: str, settings: Mapping[str, Any], results: Mapping[str, float], step: int
-    ) -> None:
-        """The final report, and the settings beside the results.
-
-        Args:
-            report: a table.
-            settings: what was asked for; anything but numbers is shown as text.
-            results: what came of it.
-            step: the last one.
-        """
+    def finish(self, report: str, sparsity: float, step: int) -> None:
+        """The final report, a table, and the share of the grouped weights that are zero."""
         self.writer.add_text(f"{self.prefix}/report", f"```\n{report}\n```", step)
-        shown = {
-            name: value if isinstance(value, (bool, int, float)) else str(value)
-            for name, value in settings.items()
-        }
-        # A run of its own: of several hparams in one run TensorBoard shows the first.
-        run = self.prefix.replace("/", "_")
-        self.writer.add_hparams(shown, dict(results), run_name=run, global_step=step)
+        self.writer.add_scalar(f"{self.prefix}/final_sparsity", sparsity, step)
 
 
 def layout(prefix: str) -> dict[str, list[Any]]:
@@ -79,6 +63,6 @@ def layout(prefix: str) -> dict[str, list[Any]]:
     """
     return {
         "group sparsity of layers": ["Multiline", [f"{prefix}/.*/group_sparsity"]],
-        "gap": ["Multiline", [f"{prefix}/gap", f"{prefix}/.*/gap"]],
+        "gap": ["Multiline", [f"{prefix}/gap"]],
         "budget and groups alive": ["Multiline", [f"{prefix}/groups_(alive|budget)"]],
     }

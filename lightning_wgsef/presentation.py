@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from lightning_wgsef.dashboard import Dashboard
 from lightning_wgsef.groupings.whole_model import whole_model
+from lightning_wgsef.hparams import tensorboard_loggers
 from lightning_wgsef.regularizer import WGSEF
 from lightning_wgsef.report import sparsity_report
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
-
-_SETTINGS = ("k", "lam", "grouping", "scope", "weights", "costs", "metric", "freeze")
 
 
 class Presentation:
@@ -36,8 +35,8 @@ class Presentation:
         self.dashboards: list[Dashboard] = []
         if dashboard and trainer.is_global_zero:
             total, groups = regularizer.total_steps, regularizer.groups
-            for writer in _writers(trainer):
-                self.dashboards.append(Dashboard(writer, prefix, groups, total))
+            for logger in tensorboard_loggers(trainer):
+                self.dashboards.append(Dashboard(logger.experiment, prefix, groups, total))
         self._shows_more = dashboard
         if self.talks:
             trainer.print(f"{prefix}:\n{regularizer.groups}")
@@ -62,8 +61,8 @@ class Presentation:
             for dashboard in self.dashboards:
                 dashboard.look(norms, self._budget(), _step(trainer))
 
-    def end(self, trainer: Trainer, model: nn.Module, arguments: dict[str, Any]) -> None:
-        """The report, and what was asked for beside what came of it.
+    def end(self, trainer: Trainer, model: nn.Module) -> None:
+        """The report.
 
         Every process has to ask where weights are sharded.
         """
@@ -74,14 +73,9 @@ class Presentation:
         if self.talks:
             trainer.print(f"{self.prefix}:\n{report}")
         share = 1 - report.parameters_alive / max(report.parameters, 1)
-        results = {f"{self.prefix}/final_sparsity": share}
-        for name, value in trainer.callback_metrics.items():
-            if not name.startswith("wgsef"):
-                results[name] = float(value)
-        settings = {f"{self.prefix}/{name}": arguments[name] for name in _SETTINGS}
         for dashboard in self.dashboards:
             dashboard.draw(norms, _step(trainer))
-            dashboard.finish(str(report), settings, results, _step(trainer))
+            dashboard.finish(str(report), share, _step(trainer))
 
     def _budget(self) -> float:
         """Of everything together; of n:m as many as stay in all rows of m."""
@@ -94,12 +88,6 @@ class Presentation:
 def _has_summary(trainer: Trainer) -> bool:
     names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]  # set by a connector
     return bool(names & {"ModelSummary", "RichModelSummary"})
-
-
-def _writers(trainer: Trainer) -> list[Any]:
-    """The ``SummaryWriter`` of every TensorBoard logger."""
-    found = [getattr(logger, "experiment", None) for logger in trainer.loggers]
-    return [writer for writer in found if hasattr(writer, "add_custom_scalars")]
 
 
 def _step(trainer: Trainer) -> int:

@@ -50,7 +50,7 @@ def test_layout_histograms_pictures_report_and_hparams(tmp_path: Path) -> None:
     assert layout.category[0].title == "wgsef"
     assert charts == {
         "group sparsity of layers": ["wgsef/.*/group_sparsity"],
-        "gap": ["wgsef/gap", "wgsef/.*/gap"],
+        "gap": ["wgsef/gap"],
         "budget and groups alive": ["wgsef/groups_(alive|budget)"],
     }
     assert tags["histograms"] == ["wgsef/conv2/norms", "wgsef/fc/norms"]
@@ -68,13 +68,52 @@ def test_layout_histograms_pictures_report_and_hparams(tmp_path: Path) -> None:
     assert {event.value for event in found.Scalars("wgsef/groups_budget")} == {5}
     # The x-axis is that of Lightning's own scalars.
     assert [step for step, _ in alive] == [x.step for x in found.Scalars("wgsef/sparsity")]
-    session = events(tmp_path / "run" / "wgsef").summary_metadata["_hparams_/session_start_info"]
-    data = plugin_data_pb2.HParamsPluginData.FromString(session.plugin_data.content)
-    settings = data.session_start_info.hparams
+    (final,) = found.Scalars("wgsef/final_sparsity")
+    assert final.value == pytest.approx(1 - (80 + 16 + 228 + 24 + 40) / 1126, abs=1e-3)
+
+
+def hparams(found: EventAccumulator, tag: str) -> plugin_data_pb2.HParamsPluginData:
+    content = found.summary_metadata[f"_hparams_/{tag}"].plugin_data.content
+    return plugin_data_pb2.HParamsPluginData.FromString(content)
+
+
+def with_settings() -> Any:
+    module = make_module()
+    module.save_hyperparameters({"width": 8})
+    return module
+
+
+def test_hparams_of_the_module_and_of_two_callbacks_stand_together(tmp_path: Path) -> None:
+    """TensorBoard shows the first of a run alone, which was Lightning's, without any result."""
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    callbacks = [
+        WGSEFCallback(k=0.25, include="conv2", dashboard=True),
+        WGSEFCallback(k=0.5, grouping="filter", exclude="*conv2", dashboard=True, name="second"),
+    ]
+    trainer = make_trainer(callbacks, max_epochs=4, logger=logger, log_every_n_steps=5)
+    trainer.fit(with_settings(), loader())
+    assert logger._default_hp_metric
+    found = events(tmp_path / "run")
+    settings = hparams(found, "session_start_info").session_start_info.hparams
+    assert settings["width"].number_value == 8
     assert settings["wgsef/k"].number_value == 0.25
     assert settings["wgsef/grouping"].string_value == "channel"
-    (final,) = events(tmp_path / "run" / "wgsef").Scalars("wgsef/final_sparsity")
-    assert final.value == pytest.approx(1 - (80 + 16 + 228 + 24 + 40) / 1126, abs=1e-3)
+    assert settings["wgsef/lam"].string_value.startswith("Homotopy(")
+    assert settings["wgsef/second/grouping"].string_value == "filter"
+    results = {metric.name.tag for metric in hparams(found, "experiment").experiment.metric_infos}
+    assert {"wgsef/final_sparsity", "wgsef/second/final_sparsity"} <= results
+    assert results <= set(found.Tags()["scalars"])
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.is_dir()] == []
+
+
+def test_without_a_dashboard_hparams_are_lightnings(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    trainer = make_trainer(
+        [WGSEFCallback(k=0.25)], max_epochs=2, logger=logger, log_every_n_steps=5
+    )
+    trainer.fit(with_settings(), loader())
+    found = events(tmp_path / "run")
+    assert list(hparams(found, "session_start_info").session_start_info.hparams) == ["width"]
 
 
 def test_the_event_file_stays_small(tmp_path: Path) -> None:

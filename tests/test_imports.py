@@ -98,13 +98,15 @@ FLOORS = {
     "arguments": (2, 7),
     "dashboard": (1, 4),
     "callback_base": (3, 0),
-    "presentation": (3, 0),
-    "callback": (3, 1),
+    "presentation": (3, 1),
+    "strategies": (3, 0),
+    "hparams": (3, 0),
+    "callback": (3, 2),
     "cli_checkpoints": (3, 1),
     "cli": (3, 2),
     TOP: (4, 0),
 }
-MAY_IMPORT_LIGHTNING = {"callback", "callback_base", "presentation"}
+MAY_IMPORT_LIGHTNING = {"callback", "callback_base", "hparams", "presentation", "strategies"}
 LIGHTNING = ("pytorch_lightning", "lightning", "lightning_fabric")
 NEIGHBOURS = ("examples", "tests")
 
