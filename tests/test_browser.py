@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -89,7 +88,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any
         yield open_tab
     finally:
         driver.quit()
-        server.send_signal(signal.SIGINT)
+        server.terminate()
         server.wait(timeout=30)
         server.stderr.close()
 
@@ -120,7 +119,7 @@ def wait_for_words(driver: Any, *words: str) -> str:
 def keep(driver: Any, name: str, height: int) -> None:
     """What the README shows."""
     if PICTURES:
-        driver.set_window_size(1440, height)
+        driver.set_window_size(1580, height)
         time.sleep(3)  # for what moves
         driver.save_screenshot(str(Path(PICTURES) / f"{name}.png"))
 

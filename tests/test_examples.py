@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -112,3 +114,27 @@ def test_comparison_meets_the_budget_with_every_method(method: str) -> None:
     assert 5 < record["after_freeze"] <= 100
     table = comparison.table([record])
     assert f"| channel | 50% | {method} | {record['accuracy']:.2f} ± 0.00 |" in table
+
+
+@pytest.mark.filterwarnings("ignore:`weights_only` was not set")
+@pytest.mark.filterwarnings("ignore:.*litlogger", "ignore:.*litmodels")
+def test_tour(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    runpy.run_module("examples.tour", run_name="__main__")
+    torch.set_flush_denormal(False)
+    output = capsys.readouterr().out
+    assert "mask fixed after step 200: 28 of 112 groups alive" in output
+    assert "24,058 -> 1,702 parameters (7.1%)" in output
+    difference = float(re.search(r"outputs on test images: (\S+)", output).group(1))
+    assert difference < 1e-5
+    pruned, tuned, small = (float(x) for x in re.findall(r"test/accuracy\W+([\d.]+)", output))
+    assert pruned > 0.85  # chance is 0.1
+    assert min(tuned, small) > pruned - 0.03
+    written = {path.name for path in (tmp_path / "tour").iterdir()}
+    assert written >= {
+        "pruned.ckpt",
+        "small.safetensors",
+        "small.pt2",
+        "sparsity.png",
+        "networks.png",
+    }
