@@ -95,6 +95,14 @@ def _ours() -> dict[str, Method]:
         methods[f"homotopy, structure, layer, metric {metric}"] = Method(
             "start", (1e-5, 1e-4, 1e-3), in_metric, ours=True
         )
+    for weights in ("uniform", "size", "sqrt_size"):
+
+        def by(situation: Situation, value: float, weights: str = weights) -> Pruning:
+            lam = Homotopy(value, FREEZE)
+            return _wgsef(situation, None, "global", lam=lam, weights=weights)
+
+        name = f"homotopy, structure, global, weights {weights}"
+        methods[name] = Method("start", (1e-5, 1e-4, 1e-3), by, ours=True)
     methods["homotopy by length, structure, layer"] = Method(
         "length",
         (0.3, 0.5, 0.7),

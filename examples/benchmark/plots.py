@@ -41,7 +41,7 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
         _against_operations(left, found)
         _curves(right, found, task)
-        figure.suptitle(f"{task.network} on {task.data}, {task.k:.0%} of the groups")
+        figure.suptitle(f"{task.network} on {task.data}, {task.budget()}")
         written += save(figure, folder / task.name)
     return written
 

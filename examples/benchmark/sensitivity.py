@@ -55,7 +55,7 @@ def heat_maps(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         cells = grid(suite, records, method)
         means = [[statistics.mean(x) if x else float("nan") for x in row] for row in cells]
         image = axes.imshow(means, aspect="auto", vmin=min(everything), vmax=max(everything))
-        axes.set_xticks(range(len(suite.tasks)), [f"{task.k:.0%}" for task in suite.tasks])
+        axes.set_xticks(range(len(suite.tasks)), [task.budget() for task in suite.tasks])
         values = suite.values[method]
         axes.set_yticks(range(len(values)), [f"{value:g}" for value in values])
         axes.set_xlabel("groups that stay")

@@ -25,7 +25,7 @@ class Task:
         network: a name in `examples.benchmark.networks`.
         arguments: what the network is made with.
         data: a name in `examples.benchmark.networks`.
-        k: share of the groups that stay.
+        k: share of the groups that stay; or for patterns of layers, how many of theirs.
         epochs: in total, what is fine-tuned included.
         structure: the grouping that ties what is removed together, by name or by patterns.
         exclude: patterns of layers that no method groups.
@@ -41,7 +41,7 @@ class Task:
     name: str
     network: str
     data: str
-    k: float
+    k: float | dict[str, float]
     epochs: int
     arguments: dict[str, Any] = field(default_factory=dict)
     structure: str | dict[str, str] = "structure"
@@ -53,6 +53,12 @@ class Task:
     precision: str = "32-true"
     share_of_epoch: float = 1.0
     skip: dict[str, str] = field(default_factory=dict)
+
+    def budget(self) -> str:
+        """In words."""
+        if isinstance(self.k, dict):
+            return ", ".join(f"{k:g} groups of {name}" for name, k in self.k.items())
+        return f"{self.k:.0%} of the groups"
 
     def methods(self, suite: Suite) -> list[str]:
         """Those of the suite that compete here."""

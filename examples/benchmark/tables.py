@@ -145,7 +145,7 @@ def _described(task: Task) -> str:
     made = ", ".join(f"{name} {value}" for name, value in task.arguments.items())
     network = f"{task.network} ({made})" if made else task.network
     return (
-        f"{network} on {task.data}, {task.k:.0%} of the groups, {task.epochs} epochs, the mask "
+        f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs, the mask "
         f"fixed after half of them, {task.optimizer} from {task.lr:g}"
     )
 
