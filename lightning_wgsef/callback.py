@@ -255,7 +255,7 @@ class WGSEFCallback(Callback):
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
             warnings.warn(
                 f"training ended before the mask was frozen; groups alive: {alive}. Train longer, "
-                "shorten the schedule, or take freeze=0.5, which projects onto the budget at half "
+                "shorten the schedule, or take freeze=0.5, which cuts the weakest groups at half "
                 "of training",
                 stacklevel=2,
             )
@@ -270,7 +270,11 @@ class WGSEFCallback(Callback):
         try:
             report = write_slim(model, self._example_input(trainer, pl_module), self.slim_to)
         except ValueError as error:
-            warnings.warn(f"slim_to: nothing was written: {error}", stacklevel=2)
+            warnings.warn(
+                f"slim_to: nothing was written: {error}; to try again with the trained model, call "
+                "slim and save_slim",
+                stacklevel=2,
+            )
         else:
             trainer.print(f"{self.slim_to}\n{report}")
 

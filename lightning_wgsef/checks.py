@@ -22,8 +22,8 @@ def per_segment(
         return torch.full((1,), float(value), dtype=like.dtype, device=like.device).expand(count)
     if value.dim() > 1 or (value.dim() == 1 and len(value) != count):
         raise ValueError(
-            f"{name} must be a number or have shape ({count},), one entry a segment, "
-            f"got {shape_of(value)}"
+            f"{name} must be a number or have shape ({count},), one entry for every set of groups "
+            f"that share a budget, got {shape_of(value)}"
         )
     values = value.detach().to(like).expand(count)
     wanted = "finite and positive" if positive else "finite and not negative"

@@ -45,9 +45,12 @@ def load_model(path: str, make: str, init: Mapping[str, Any]) -> nn.Module:
     content = _read(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
-        raise ValueError(f"{path} holds no state_dict: it is no checkpoint of a model")
+        raise ValueError(
+            f"{path} holds no state_dict: take a Lightning checkpoint, or a file of "
+            "torch.save(model.state_dict(), ..)"
+        )
     model = _made(maker, make, {**_hyper_parameters(maker, content), **init})
-    _fill(model, state, f"{path} is not of {make} as it was made")
+    _fill(model, state, f"{path} is not of {make} with these arguments (--init sets them)")
     return model.eval()
 
 

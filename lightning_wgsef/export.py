@@ -158,15 +158,16 @@ def _export(
             found = [run(inputs) for inputs in (example, other)]
         except Exception as error:
             raise ValueError(
-                f"{type(model).__name__} cannot be exported with a batch axis of any length: "
-                f"{type(error).__name__}: {error}"
+                f"{type(model).__name__} cannot be exported; its forward must take batches of any "
+                f"length and not branch on values: {type(error).__name__}: {error}"
             ) from error
     for what, one, true in zip(("the example", "random inputs"), found, expected, strict=True):
         difference = relative_difference(one, true)
         if not difference <= tolerance:
             raise ValueError(
                 f"the exported {type(model).__name__} differs on {what} by {difference:.3g} of the "
-                f"largest output, tolerance is {tolerance:g}"
+                f"largest output, tolerance is {tolerance:g}; does its forward branch on values or "
+                "draw random numbers?"
             )
 
 

@@ -46,7 +46,7 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
     if bool(alive.all()):
         raise ValueError(
             f"no group is zero in {', '.join(layer.name for layer in groups.layers)}: these "
-            "weights are not pruned (for this grouping), so there is no mask to take from them"
+            "weights are not pruned; take those of a pruned network, with the grouping it had"
         )
     return groups.split(alive)
 
@@ -104,7 +104,10 @@ def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
         ) from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict):
-        raise ValueError(f"masks: {str(path)!r} holds {type(content).__name__}, no state_dict")
+        raise ValueError(
+            f"masks: {str(path)!r} holds {type(content).__name__}, no state_dict; take a Lightning "
+            "checkpoint, or a file of torch.save(model.state_dict(), ..)"
+        )
     return masks_from_zeros(groups, state_dict)
 
 

@@ -61,10 +61,10 @@ def preconditioner(optimizer: Optimizer) -> Preconditioner | None:
     if kind not in _warned:
         _warned.add(kind)
         warnings.warn(
-            f"the metric that {kind.__module__}.{kind.__qualname__} steps in is not known: the "
-            "identity is used, as for SGD. Make it known with register_preconditioner("
-            f"{kind.__name__}, adapter), where adapter(state, param_group) gives the denominator "
-            "of its step; None, if the identity is right",
+            f"metric: how {kind.__module__}.{kind.__qualname__} scales its steps is not known, so "
+            "metric='identity' is used, as for SGD. Pass that to silence this, or call "
+            f"register_preconditioner({kind.__name__}, adapter), where adapter(state, param_group) "
+            "gives what the step is divided by",
             UserWarning,
             stacklevel=2,
         )

@@ -46,8 +46,8 @@ def check_step(
         return
     if schedule.homotopy:
         raise ValueError(
-            f"lam must be a number or Warmup(...) with penalty={penalty}: {schedule} ends in the "
-            "projection onto a budget, which only the envelope has"
+            f"lam must be a number or Warmup(...) with penalty={penalty}, got {schedule}, which "
+            "ends with exactly the groups of a budget: only Envelope() has one"
         )
     if scope == "global":
         raise ValueError(f"scope must be 'layer' with penalty={penalty}, which has no budget")
@@ -102,8 +102,8 @@ class ProximalStep:
             if self._exact and self._resolution:
                 self._exact = False
                 warnings.warn(
-                    "metric='auto' scales weights one by one, which low precision would lose: "
-                    "groups with bfloat16 or float16 weights use metric='group'",
+                    "metric='auto' scales weights one by one, which bfloat16 and float16 are too "
+                    "coarse for: metric='group' is used instead (pass it to silence this)",
                     stacklevel=2,
                 )
         self._averaged = metric == "group"

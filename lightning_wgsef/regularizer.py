@@ -172,7 +172,7 @@ class WGSEF:
         if not self.attachments:
             raise ValueError(
                 "no optimizer trains any of the grouped layers "
-                f"{', '.join(layer.name for layer in self.groups.layers)}"
+                f"{', '.join(x.name for x in self.groups.layers)}; give their parameters to one"
             )
         for optimizer in optimizers:
             before = self.before_step if self.half_space is not None else None

@@ -40,7 +40,7 @@ def parts_of(
     ValueError: the saved state is damaged: attachments must be a list, got 3
     """
     if not isinstance(state, Mapping) or set(state) != {"attachments"}:
-        _refuse("it", "a dict of attachments alone", state)
+        _refuse("it", "what WGSEF.state_dict returned", state)
     parts = state["attachments"]
     if not isinstance(parts, list):
         _refuse("attachments", "a list", parts)
@@ -90,7 +90,8 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
     if missing or foreign:
         raise ValueError(
             f"the saved state is of another version of lightning_wgsef: missing {sorted(missing)}, "
-            f"not known {sorted(map(reprlib.repr, foreign))}"
+            f"not known {sorted(map(reprlib.repr, foreign))}; resume with the version that wrote "
+            "it, or start without it"
         )
     for name in ("taken", "unchanged"):
         if not _is_count(saved[name]):

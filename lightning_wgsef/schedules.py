@@ -203,8 +203,8 @@ def resolve_debias(debias: float | None, schedule: Schedule) -> float:
     check_number("debias", debias, highest=1.0)
     if schedule.homotopy and debias != 1:
         raise ValueError(
-            f"debias must be 1 (or None) with {schedule}, which ends in the projection onto the "
-            f"budget, got {debias!r}"
+            f"debias must be 1 (or None) with {schedule}, which ends with exactly the groups of "
+            f"a budget, got {debias!r}"
         )
     return debias
 

@@ -128,7 +128,7 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
         raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
     model = make_model()
     model = getattr(model, "_orig_mod", model)
-    made = f"make_model makes another network than the {header.get('model')} in {path}"
+    made = f"make_model makes another network than the {header.get('model')} that became {path}"
     try:
         for plan in plans:
             _check_plan(plan, model)

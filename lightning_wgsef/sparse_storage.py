@@ -117,7 +117,10 @@ def load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
         shape = (module.out_features, module.in_features)
         weight = sparse_matrix(starts, columns, values, shape, check=True)
         if weight.dtype != module.weight.dtype:
-            raise ValueError(f"state: '{name}' is {weight.dtype}, in model {module.weight.dtype}")
+            raise ValueError(
+                f"state: '{name}' is {weight.dtype}, in model {module.weight.dtype}; take "
+                f"model.to({weight.dtype})"
+            )
         replacements[module] = SparseLinear(weight, module.bias).to(module.weight.device)
     sparse = _replaced(copied, replacements)
     sparse.load_state_dict(state)
@@ -187,7 +190,8 @@ def _check_two_of_four(model: nn.Module) -> None:
         if shape[1] % 4 or bool((weight.reshape(-1, 4).count_nonzero(1) > 2).any()):
             raise ValueError(
                 "layout '2:4' needs rows in which at most 2 of every 4 weights are not zero, layer "
-                f"'{layer.name}' of shape {shape} has others"
+                f"'{layer.name}' of shape {shape} has others: train with grouping='2:4', or use "
+                "'csr' or 'bsr'"
             )
         if weight.device.type != "cuda":
             raise ValueError(

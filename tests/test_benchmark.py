@@ -174,6 +174,17 @@ def test_a_killed_suite_loses_one_epoch_at_most(tmp_path: Path) -> None:
     assert (tmp_path / "results" / "small" / "digits.svg").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    "method", ["homotopy, structure, layer", "gradual magnitude", "Torch-Pruning"]
+)
+def test_a_budget_by_layers_is_met(tmp_path: Path, method: str) -> None:
+    budgets = {"*conv1": 3, "*conv2": 5, "*conv3": 40}
+    task = replace(TASK, k=budgets, epochs=2)
+    record = execute(replace(run_of(method), task=task), tmp_path)
+    assert record["alive"][-1] == {"conv1": [3, 16], "conv2": [5, 32], "conv3": [40, 64]}
+    assert task.budget() == "3 groups of *conv1, 5 groups of *conv2, 40 groups of *conv3"
+
+
 def test_a_single_channel_that_is_left_is_counted() -> None:
     """It competes with nothing, so `group_parameters` finds no group."""
     run = run_of("dense")

@@ -226,7 +226,7 @@ def test_the_diagonal_metric_falls_back_to_that_of_groups(dtype):
         WGSEF(models[1], 4, 0.5, metric="group"),
     )
     optimizers = adam(models[0]), adam(models[1])
-    with pytest.warns(UserWarning, match=r"metric='auto' .* low precision .* use metric='group'"):
+    with pytest.warns(UserWarning, match=r"metric='auto' .* too coarse for: metric='group'"):
         first.attach(optimizers[0])
     second.attach(optimizers[1])
     for number in range(30):

@@ -210,7 +210,7 @@ def test_an_unknown_optimizer_warns_once_and_trains_in_the_identity():
     models = network(), network()
     optimizers = [Halving(model.parameters()) for model in models]
     first = WGSEF(models[0], 0.4, 0.3, metric="auto")
-    with pytest.warns(UserWarning, match=r"Halving steps in is not known.*register_") as seen:
+    with pytest.warns(UserWarning, match=r"Halving scales its .* not known.*register_") as seen:
         first.attach(optimizers[0])
     assert len(seen) == 1
     with warnings.catch_warnings():

@@ -199,7 +199,8 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
                 name,
                 module,
                 module,
-                f"no entry of PROJECTIONS fits its layers {names_inside}; see register_projections",
+                f"which of {names_inside} are its query, key, value and output is not known: "
+                "say it with lightning_wgsef.groupings.attention.register_projections",
             )
 
 

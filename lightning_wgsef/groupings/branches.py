@@ -18,7 +18,7 @@ from lightning_wgsef.members import Member
 
 NAME = "branches"
 _TOLERANCE = 1e-5
-_OUTSIDE = "it belongs to no residual block that its weights at zero make the identity"
+_OUTSIDE = "it belongs to no residual block that returns its input when all its weights are 0"
 
 
 def branch_groups(model: nn.Module, example_input: Any) -> Groups:

@@ -151,7 +151,7 @@ def check_costs(costs: Costs) -> None:
     >>> check_costs({"fc": torch.tensor([2.0, 0.0])})
     Traceback (most recent call last):
     ...
-    ValueError: costs['fc'] must be a positive, finite tensor of shape (m,), got 0.0 at index 1
+    ValueError: costs['fc'] must be a positive, finite tensor, one entry a group, got 0.0 at index 1
     """
     if isinstance(costs, Tensor):
         _check_vector("costs", costs)
@@ -160,8 +160,8 @@ def check_costs(costs: Costs) -> None:
             _check_vector(f"costs[{name!r}]", values)
     elif costs is not None and not (isinstance(costs, str) and costs in _NAMES):
         raise ValueError(
-            f"costs must be {_KNOWN}, a tensor of shape (m,), a mapping from layer names to such "
-            f"tensors or None, got {costs!r}"
+            f"costs must be {_KNOWN}, a tensor with an entry for every group, a mapping from layer "
+            f"names to such tensors or None, got {costs!r}"
         )
 
 
@@ -175,7 +175,7 @@ def _check_vector(name: str, values: object) -> None:
             if not len(wrong):
                 return
             given = f"{values[wrong[0, 0]].item()!r} at index {int(wrong[0, 0])}"
-    raise ValueError(f"{name} must be a positive, finite tensor of shape (m,), got {given}")
+    raise ValueError(f"{name} must be a positive, finite tensor, one entry a group, got {given}")
 
 
 def _shares(layer: GroupedLayer) -> Tensor:

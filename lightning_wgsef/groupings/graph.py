@@ -133,7 +133,7 @@ class Graph:
         for side, known in found.positions.items():
             found.obstacle = found.obstacle or self._obstacle(side, known)
         if circular:
-            found.obstacle = found.obstacle or "the graph maps its channels to numbers without end"
+            found.obstacle = found.obstacle or "torch-pruning loses track of its channels"
         return found
 
     @cached_property

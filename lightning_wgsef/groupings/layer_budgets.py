@@ -107,10 +107,13 @@ def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -
     total = sum(float(cost.sum()) for cost in costs)
     least = sum(float(cost.max()) for cost in costs)
     if isinstance(k, Integral):
-        budget, asked = float(k), f"k = {k}"
+        budget, asked = float(k), f"k = {k}:"
     else:
         budget = float(k) * (total + rest) - rest
-        asked = f"k = {k} of {total + rest:g}, less {rest:g} outside of groups, leaves {budget:g}:"
+        asked = (
+            f"k = {k} of {total + rest:g}, less {rest:g} outside of groups, leaves {budget:g}; "
+            "take a larger k:"
+        )
         if layers[0].costs is None:
             budget = math.floor(budget + 0.5)
     if not least <= budget <= total:
@@ -128,12 +131,14 @@ def _layer_budget_in_costs(layer: GroupedLayer, k: int | float, costs: Tensor) -
         if k * total < float(costs.min()):
             raise ValueError(
                 f"k = {k} of {total:g} is less than the cheapest group costs, "
-                f"{float(costs.min()):g}, in layer '{layer.name}' ({layer.grouping})"
+                f"{float(costs.min()):g}, in layer '{layer.name}' ({layer.grouping}); take a "
+                "larger k, or exclude the layer"
             )
         return max(float(k) * total, dearest)
     if not dearest <= k <= total:
         raise ValueError(
-            f"k = {k} must lie between the dearest group's cost, {dearest:g}, and the cost of all "
-            f"groups, {total:g}, in layer '{layer.name}' ({layer.grouping})"
+            f"k = {k} counts costs, not groups, and must lie between the dearest group's cost, "
+            f"{dearest:g}, and that of all groups, {total:g}, in layer '{layer.name}' "
+            f"({layer.grouping}); or name a share"
         )
     return float(k)

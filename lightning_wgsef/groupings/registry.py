@@ -40,8 +40,8 @@ TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
 }
 """Those that need an example input."""
 MISSING = {
-    "head": "it has no nn.MultiheadAttention, and no module whose layers have names that "
-    "groupings.attention.register_projections was told",
+    "head": "it has no nn.MultiheadAttention, and no attention with known names of layers: say "
+    "them with lightning_wgsef.groupings.attention.register_projections",
     "hidden": "it has no module with two dense layers of which the second reads what the first "
     "makes",
 }

@@ -132,7 +132,8 @@ def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
                 raise ValueError(
                     f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape "
                     f"{tuple(entry.shape)} for '{names.get(id(parameter))}' of shape "
-                    f"{tuple(parameter.shape)}; only what is shaped like the parameter can be cut"
+                    f"{tuple(parameter.shape)}; only what is shaped like the parameter can be cut: "
+                    "leave optimizer out, and make a new one for the slim network"
                 )
 
 
