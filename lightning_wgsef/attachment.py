@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_wgsef.advice import warn_of_collapse, warn_of_cut
 from lightning_wgsef.competitors import value_and_gap
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groups import Groups
@@ -62,6 +62,7 @@ class Attachment:
         self._half_space = half_space
         self._half_space_from = 0
         self._before: dict[str, Tensor] = {}
+        self._alive: Tensor | None = None
         self._convergence = Convergence()
         self._start_norms: Tensor | None = None
         self._collapse_reported = False
@@ -115,11 +116,13 @@ class Attachment:
         self._guard(norms)
         if self._start_norms is None:
             self._start_norms = self._layer_norms(self.groups.norms())
-        if self._freeze_at is not None and self.taken + 1 >= self._freeze_at:
+        if self._freezes_next():
             alive = self.step.survivors(norms, self.groups.budgets)
             self.taken += 1
-            if self._waits:
-                self._report_cut(norms > 0, alive)
+            if self._alive is not None:
+                parts = self.groups.split(self._alive & ~alive)
+                cut = {name: int(part.sum()) for name, part in parts.items()}
+                warn_of_cut(cut, self.taken, self.step.penalty, self.step.schedule)
             self.freeze(alive)
             return
         self.step.take(norms, self.taken, self.budgets(), self._allowed())
@@ -130,6 +133,13 @@ class Attachment:
         self.taken += 1
         if self.taken % LOOK_EVERY == 0:
             self._look()
+        if self._waits and self._freezes_next():
+            self._alive = self.groups.norms() > 0  # the optimizer moves dead groups, too
+
+    def _freezes_next(self) -> bool:
+        return (
+            self.masks is None and self._freeze_at is not None and self.taken + 1 >= self._freeze_at
+        )
 
     def freeze(self, alive: Tensor) -> None:
         """Fix the mask: ``alive`` is a boolean for every group, shape (m,)."""
@@ -206,23 +216,7 @@ class Attachment:
             names = [n for n, bad in zip(map(_name, groups.layers), fallen, strict=True) if bad]
             if names:
                 self._collapse_reported = True
-                warnings.warn(
-                    f"all groups of {', '.join(names)} have faded to less than a thousandth of "
-                    f"their norm at the start under lam = {self.step.schedule}: nothing holds them "
-                    "up against the penalty (common behind a norm). Try a smaller lam, debias=1.0, "
-                    "or lam=Homotopy()",
-                    stacklevel=2,
-                )
-
-    def _report_cut(self, before: Tensor, after: Tensor) -> None:
-        cut = {name: int(part.sum()) for name, part in self.groups.split(before & ~after).items()}
-        if any(cut.values()):
-            warnings.warn(
-                f"lam = {self.step.schedule} had not reached the budget by step {self.taken}, "
-                f"three quarters of training: the weakest groups were cut to keep it {cut}. Try a "
-                "larger lam, lam=Homotopy(), which arrives without a jump, or an earlier freeze=",
-                stacklevel=2,
-            )
+                warn_of_collapse(names, self.step.penalty, self.step.schedule)
 
     def _guard(self, norms: Tensor) -> None:
         finite = torch.isfinite(norms).all()

@@ -45,6 +45,7 @@ FLOORS = {
     "metric": (0, 2),
     "competitors": (0, 4),
     "penalties": (0, 4),
+    "advice": (2, 0),
     "groupings.layers": (1, 0),
     "groupings.patterns": (1, 0),
     "groupings.whole_model": (1, 1),

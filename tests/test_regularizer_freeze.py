@@ -10,7 +10,7 @@ import torch
 from helpers import batches, columns, dense_network, train
 from torch import Tensor, nn
 
-from lightning_wgsef import WGSEF, Constant, Groups, Homotopy
+from lightning_wgsef import WGSEF, Constant, GroupLasso, Groups, Homotopy
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.members import Member
 
@@ -89,6 +89,36 @@ def test_convergence_keeps_the_budget(weights, arguments, alive) -> None:
     assert regularizer.frozen
     assert regularizer.masks["1"].tolist() == alive
     assert (model[1].weight != 0).tolist() == [alive]
+
+
+@pytest.mark.parametrize("lam", [20.0, 50.0])
+def test_groups_that_the_optimizer_moves_again_were_not_cut(lam: float) -> None:
+    """Between two proximal steps none is zero: a budget that is kept gives no warning."""
+    model = nn.Sequential(
+        nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer = WGSEF(model, k=0.25, lam=lam, debias=1.0, total_steps=40).attach(optimizer)
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(40, 16, 8, generator=generator)
+    targets = torch.stack([x[:, :4] * x[:, 4:] for x in inputs])
+    train(model, optimizer, list(zip(inputs, targets, strict=True)))  # a warning is an error
+    assert regularizer.frozen
+    assert {name: int(mask.sum()) for name, mask in regularizer.masks.items()} == {"2": 8, "4": 4}
+
+
+@pytest.mark.parametrize(
+    ("penalty", "advice"), [(None, "lam=Homotopy()"), (GroupLasso(), "Try a larger lam or an")]
+)
+def test_a_cut_is_reported_with_advice_that_can_be_followed(penalty, advice: str) -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    arguments = {"k": 2, "lam": 1e-3, "penalty": penalty, "total_steps": 8}
+    WGSEF(model, **arguments).attach(optimizer)
+    with pytest.warns(UserWarning, match="had not reached the budget by step 6") as caught:
+        train(model, optimizer, batches(8))
+    assert advice in str(caught[0].message)
+    assert ("Homotopy" in str(caught[0].message)) == (penalty is None)
 
 
 def test_freeze_at_a_given_step_projects_onto_the_budget() -> None:

@@ -1,0 +1,37 @@
+"""Warnings while a constant penalty is at work, with what to try instead."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+from lightning_wgsef.penalties import Envelope, Penalty
+from lightning_wgsef.schedules import Schedule
+
+
+def warn_of_cut(cut: Mapping[str, int], taken: int, penalty: Penalty, schedule: Schedule) -> None:
+    """Say how many groups of every layer were cut to keep the budget, if any."""
+    if any(cut.values()):
+        homotopy = _with_budget(penalty, ", lam=Homotopy(), which arrives without a jump,")
+        warnings.warn(
+            f"lam = {schedule} had not reached the budget by step {taken}, three quarters of "
+            f"training: the weakest groups were cut to keep it {dict(cut)}. Try a larger lam"
+            f"{homotopy} or an earlier freeze=",
+            stacklevel=3,
+        )
+
+
+def warn_of_collapse(names: Sequence[str], penalty: Penalty, schedule: Schedule) -> None:
+    """Say which layers fade as a whole."""
+    others = _with_budget(penalty, ", debias=1.0 or lam=Homotopy()")
+    warnings.warn(
+        f"all groups of {', '.join(names)} have faded to less than a thousandth of their norm at "
+        f"the start under lam = {schedule}: nothing holds them up against the penalty (common "
+        f"behind a norm). Try a smaller lam{others}",
+        stacklevel=3,
+    )
+
+
+def _with_budget(penalty: Penalty, advice: str) -> str:
+    """Advice that the group lasso, which knows no budget, cannot follow."""
+    return advice if isinstance(penalty, Envelope) else ""
