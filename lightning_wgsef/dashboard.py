@@ -9,8 +9,10 @@ from torch import Tensor
 from lightning_wgsef.group_life import GroupLife
 from lightning_wgsef.groups import Groups
 
-TIMES = 8
+TIMES = 4
 """How many times in a run histograms and pictures are written: event files stay small."""
+BUCKETS = 32
+"""Of a histogram."""
 
 
 class Dashboard:
@@ -45,7 +47,8 @@ class Dashboard:
     def draw(self, norms: Tensor, step: int) -> None:
         """Histograms of the norms and the life of the groups, layer by layer."""
         for name, part in self.groups.split(norms).items():
-            self.writer.add_histogram(f"{self.prefix}/{name}/norms", part.float().cpu(), step)
+            tag = f"{self.prefix}/{name}/norms"
+            self.writer.add_histogram(tag, part.float().cpu(), step, bins=BUCKETS)
             image = self.life.picture(name)
             self.writer.add_image(f"{self.prefix}/{name}/life_of_the_groups", image, step)
 

@@ -56,7 +56,7 @@ def test_layout_histograms_pictures_report_and_hparams(tmp_path: Path) -> None:
     assert tags["histograms"] == ["wgsef/conv2/norms", "wgsef/fc/norms"]
     assert tags["images"] == ["wgsef/conv2/life_of_the_groups", "wgsef/fc/life_of_the_groups"]
     pictures = found.Images("wgsef/conv2/life_of_the_groups")
-    assert 2 <= len(pictures) <= 9
+    assert 2 <= len(pictures) <= 5
     assert all(len(picture.encoded_image_string) < 20_000 for picture in pictures)
     last = found.Histograms("wgsef/conv2/norms")[-1].histogram_value
     assert last.num == 8
@@ -122,7 +122,7 @@ def test_the_event_file_stays_small(tmp_path: Path) -> None:
         run(tmp_path / str(dashboard), dashboard=dashboard)
         files = (tmp_path / str(dashboard) / "run").glob("events*")
         sizes[dashboard] = sum(path.stat().st_size for path in files)
-    assert sizes[True] - sizes[False] < 300_000
+    assert sizes[True] - sizes[False] < 50_000
 
 
 def test_life_is_ordered_by_death_and_thinned() -> None:
