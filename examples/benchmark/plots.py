@@ -31,12 +31,12 @@ SHOWN = (
 
 
 def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
-    """For every task that has runs, accuracy against operations and curves, as SVG and PNG."""
+    """For every task that was run, accuracy against operations and curves, as SVG and PNG."""
     written: list[Path] = []
     for task in suite.tasks:
         found = {method: runs_of(records, task, method) for method in suite.methods}
-        found = {method: runs for method, runs in found.items() if runs}
-        if not found:
+        found = {method: runs for method, runs in found.items() if len(runs) >= len(suite.seeds)}
+        if found.keys() <= {"dense"}:
             continue
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
         _against_operations(left, found)
