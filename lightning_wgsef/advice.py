@@ -32,6 +32,16 @@ def warn_of_collapse(names: Sequence[str], penalty: Penalty, schedule: Schedule)
     )
 
 
+def warn_of_other_budget(asked: list[float], saved: list[float]) -> None:
+    """Say that a run that is resumed keeps the budgets that it had."""
+    warnings.warn(
+        f"k stands for budgets of {asked} groups now, the saved state has {saved}: training goes "
+        "on with those. For another k start a new fit from the checkpoint's weights, without "
+        "ckpt_path",
+        stacklevel=3,
+    )
+
+
 def _with_budget(penalty: Penalty, advice: str) -> str:
     """Advice that the group lasso, which knows no budget, cannot follow."""
     return advice if isinstance(penalty, Envelope) else ""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_wgsef.advice import warn_of_collapse, warn_of_cut
+from lightning_wgsef.advice import warn_of_collapse, warn_of_cut, warn_of_other_budget
 from lightning_wgsef.competitors import value_and_gap
 from lightning_wgsef.grouped_layer import GroupedLayer
 from lightning_wgsef.groups import Groups
@@ -187,6 +187,9 @@ class Attachment:
         """
         check_state(state, self.state_dict(), self.groups)
         device = self.groups.device
+        # Costs may have been measured, masks given: then k is not what budgets come from.
+        compared = self.groups.costs is None and self.masks is None
+        asked = self.groups.budgets if compared else None
 
         def here(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(device)
@@ -201,6 +204,8 @@ class Attachment:
         self.step.load_state_dict(state)
         for name in _MEASURED:  # at the start of the run: the weights have changed since then
             setattr(self.groups, name, here(state[name]))
+        if asked is not None and not torch.equal(asked, self.groups.budgets):
+            warn_of_other_budget(asked.tolist(), self.groups.budgets.tolist())
 
     def _look(self) -> None:
         self.check_finite()

@@ -249,7 +249,8 @@ class WGSEFCallback(Callback):
         self.regularizer.check_finite()
         self.regularizer.detach()
         if self._presentation is not None and not trainer.interrupted:
-            self._presentation.end(trainer, pl_module)
+            example = self._example_input(trainer, pl_module)
+            self._presentation.end(trainer, pl_module, example)
             write_hparams(trainer, self)
         if not self.regularizer.frozen and self.arguments["freeze"] is not None:
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}

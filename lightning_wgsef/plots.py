@@ -148,7 +148,8 @@ def _read(folder: Path) -> dict[str, list[tuple[float, float]]]:
         return _read_csv(table)
     if not any(folder.glob("events.out.tfevents.*")):
         raise ValueError(
-            f"source must be a log folder with metrics.csv or event files, got '{folder}'"
+            "source must be a log folder with metrics.csv or event files, such as "
+            f"lightning_logs/version_0, got '{folder}'"
         )
     from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
         EventAccumulator,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import warnings
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -38,6 +39,11 @@ class Presentation:
             for logger in tensorboard_loggers(trainer):
                 self.dashboards.append(Dashboard(logger.experiment, prefix, groups, total))
         self._shows_more = dashboard
+        if dashboard and trainer.is_global_zero and not self.dashboards:
+            warnings.warn(
+                "dashboard=True shows nothing: no logger of the Trainer is a TensorBoardLogger",
+                stacklevel=2,
+            )
         if self.talks:
             trainer.print(f"{prefix}:\n{regularizer.groups}")
 
@@ -61,15 +67,19 @@ class Presentation:
             for dashboard in self.dashboards:
                 dashboard.look(norms, self._budget(), _step(trainer))
 
-    def end(self, trainer: Trainer, model: nn.Module) -> None:
-        """The report.
+    def end(self, trainer: Trainer, model: nn.Module, example_input: Any) -> None:
+        """The report, with operations where there is an example input that runs.
 
         Every process has to ask where weights are sharded.
         """
         if not self._has_summary and not self._shows_more:
             return
         groups = self.regularizer.groups
-        report, norms = sparsity_report(whole_model(model), groups), groups.norms()
+        whole, norms = whole_model(model), groups.norms()
+        try:
+            report = sparsity_report(whole, groups, example_input)
+        except ValueError:  # training needed no example, and is over
+            report = sparsity_report(whole, groups)
         if self.talks:
             trainer.print(f"{self.prefix}:\n{report}")
         share = 1 - report.parameters_alive / max(report.parameters, 1)

@@ -100,7 +100,7 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
             matter.
 
     Returns:
-        The slim network, on the CPU, in evaluation mode.
+        The slim network, on the CPU, in evaluation mode: ``train()`` it before training it on.
 
     Raises:
         ValueError: the file is missing, truncated, or of another kind, or ``make_model`` makes
@@ -119,6 +119,8 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     ...     again = load_slim(f"{folder}/small.safetensors", make)
     >>> again[0].out_features, torch.equal(again(torch.ones(1, 4)), small(torch.ones(1, 4)))
     (3, True)
+    >>> print(again.slimming)
+    58 -> 23 parameters (39.7%)
     """
     header, tensors = _read(Path(path))
     try:
@@ -128,6 +130,7 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
         raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
     model = make_model()
     model = getattr(model, "_orig_mod", model)
+    before = sum(parameter.numel() for parameter in model.parameters())
     made = f"make_model makes another network than the {header.get('model')} that became {path}"
     try:
         for plan in plans:
@@ -148,7 +151,8 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
                 f"{tuple(found.shape)}, {found.dtype}"
             )
     model.load_state_dict({own[name]: value for name, value in state.items()})
-    model.slimming = Slimming(plans)
+    after = sum(parameter.numel() for parameter in model.parameters())
+    model.slimming = Slimming(plans, parameters=(before, after))
     return model.eval()
 
 

@@ -39,7 +39,7 @@ class Slimming:
         kept: why zero groups had to stay, by name of the layer.
         parameters: number of weights before and after.
         difference: largest difference of outputs in evaluation and in training mode; None where
-            the network does not train on the example or is random then.
+            the network does not train on the example or is random then, and of a loaded network.
     """
 
     plans: list[RemovalPlan] = field(default_factory=list)
@@ -51,8 +51,9 @@ class Slimming:
         before, after = self.parameters
         evaluated, trained = self.difference
         lines = [f"{before:,} -> {after:,} parameters ({after / max(before, 1):.1%})"]
-        lines.append(f"largest difference of outputs: {evaluated:.1e} in evaluation")
-        lines[-1] += f", {trained:.1e} in training" if trained is not None else ""
+        if evaluated is not None:
+            lines.append(f"largest difference of outputs: {evaluated:.1e} in evaluation")
+            lines[-1] += f", {trained:.1e} in training" if trained is not None else ""
         return "\n".join(lines + [f"kept, {name}: {why}" for name, why in self.kept.items()])
 
 

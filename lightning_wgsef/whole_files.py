@@ -24,8 +24,11 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     ['notes.txt']
     """
     temporary = check_writable(path)
+    temporary.touch()
+    mode = temporary.stat().st_mode
     try:
         yield temporary
+        temporary.chmod(mode)  # as for any new file; some writers let the owner alone read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -72,6 +72,14 @@ def test_layout_histograms_pictures_report_and_hparams(tmp_path: Path) -> None:
     assert final.value == pytest.approx(1 - (80 + 16 + 228 + 24 + 40) / 1126, abs=1e-3)
 
 
+def test_without_tensorboard_it_says_so(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    callback = WGSEFCallback(k=0.25, dashboard=True)
+    trainer = make_trainer([callback], max_epochs=2, logger=logger, log_every_n_steps=5)
+    with pytest.warns(UserWarning, match="dashboard=True shows nothing: no logger"):
+        trainer.fit(make_module(), loader())
+
+
 def hparams(found: EventAccumulator, tag: str) -> plugin_data_pb2.HParamsPluginData:
     content = found.summary_metadata[f"_hparams_/{tag}"].plugin_data.content
     return plugin_data_pb2.HParamsPluginData.FromString(content)

@@ -6,6 +6,8 @@ import re
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
+import torch
 from trainers import NAMESPACES, loader, make_module, make_trainer
 
 from lightning_wgsef import Homotopy, WGSEFCallback
@@ -30,6 +32,22 @@ def test_a_table_at_the_start_a_line_at_the_freeze_and_the_report(
     assert line == ("wgsef: mask fixed after step 20: 5 of 20 groups alive, within a budget of 5")
     assert re.search(r"^conv2 +2 / 8 +2 +228 / 876", report, re.MULTILINE)
     assert line in start
+
+
+class Breaks(pl.Callback):
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        del pl_module.fc
+
+
+@pytest.mark.parametrize(("first", "operations"), [([], r"[\d,]+ / [\d,]+"), ([Breaks()], "-")])
+def test_operations_are_reported_where_the_example_runs(
+    capsys: pytest.CaptureFixture[str], first: list[pl.Callback], operations: str
+) -> None:
+    callback = WGSEFCallback(k=0.25, example_input=torch.zeros(2, 1, 8, 8), exclude="fc")
+    trainer = make_trainer([*first, callback], enable_model_summary=True)
+    trainer.fit(make_module(), loader())
+    report = capsys.readouterr().out.split("wgsef:\n")[2]
+    assert re.search(rf"^conv2 +2 / 8 +2 +228 / 876 +{operations}$", report, re.MULTILINE)
 
 
 def test_names_of_callbacks_are_shown(capsys: pytest.CaptureFixture[str]) -> None:

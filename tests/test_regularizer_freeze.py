@@ -217,6 +217,24 @@ def test_resume_is_bit_identical_and_loads_weights_only(tmp_path) -> None:
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("steps", [5, 11])
+@pytest.mark.parametrize(("k", "warned"), [(1, True), (2, False), (3, True)])
+def test_a_resumed_run_keeps_its_budget_with_a_warning(k: int, warned: bool, steps: int) -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    regularizer = WGSEF(model, k=2, lam=Homotopy(length=10)).attach(optimizer)
+    train(model, optimizer, batches(steps))
+    other = dense_network()
+    resumed = WGSEF(other, k=k, lam=Homotopy(length=10))
+    resumed.attach(torch.optim.SGD(other.parameters(), lr=0.01))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.load_state_dict(regularizer.state_dict())
+    words = f"k stands for budgets of [{k}.0, {k}.0] groups now, the saved state has [2.0, 2.0]"
+    assert any(words in str(x.message) for x in caught) == warned
+    assert all(torch.equal(resumed.masks[n], mask) for n, mask in regularizer.masks.items())
+
+
 def test_state_of_another_model_is_refused() -> None:
     model = dense_network()
     state = WGSEF(model, lam=0.1).attach(torch.optim.SGD(model.parameters(), lr=0.1)).state_dict()

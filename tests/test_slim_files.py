@@ -79,6 +79,14 @@ def test_what_is_read_is_what_was_written(kind, tmp_path):
     assert [x.kept for x in again.slimming.plans] == [x.kept for x in small.slimming.plans]
 
 
+def test_others_may_read_it_as_any_new_file(tmp_path):
+    _, small, _ = made(next(iter(NETWORKS)))
+    save_slim(small, tmp_path / "small.safetensors")
+    (tmp_path / "another").touch()
+    modes = {path.stat().st_mode for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
 def test_a_bias_that_was_added(tmp_path):
     network = silent(without_bias(), 1)
     with torch.no_grad():
