@@ -32,12 +32,11 @@ def warn_of_collapse(names: Sequence[str], penalty: Penalty, schedule: Schedule)
     )
 
 
-def warn_of_other_budget(asked: list[float], saved: list[float]) -> None:
+def warn_of_other_budget(asked: float, saved: float) -> None:
     """Say that a run that is resumed keeps the budgets that it had."""
     warnings.warn(
-        f"k stands for budgets of {asked} groups now, the saved state has {saved}: training goes "
-        "on with those. For another k start a new fit from the checkpoint's weights, without "
-        "ckpt_path",
+        f"k stands for {asked:g} groups now, but the saved run goes on with its own {saved:g}. For "
+        "another k start a new fit from the checkpoint's weights, without ckpt_path",
         stacklevel=3,
     )
 

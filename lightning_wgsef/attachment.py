@@ -205,7 +205,7 @@ class Attachment:
         for name in _MEASURED:  # at the start of the run: the weights have changed since then
             setattr(self.groups, name, here(state[name]))
         if asked is not None and not torch.equal(asked, self.groups.budgets):
-            warn_of_other_budget(asked.tolist(), self.groups.budgets.tolist())
+            warn_of_other_budget(float(asked.sum()), float(self.groups.budgets.sum()))
 
     def _look(self) -> None:
         self.check_finite()

@@ -41,7 +41,7 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
     """
     kind = type(callback)
     shown = [x for x in trainer.callbacks if isinstance(x, kind) and x.dashboard]  # type: ignore[attr-defined]  # set by a connector
-    if not shown or shown[-1] is not callback:
+    if not trainer.is_global_zero or not shown or shown[-1] is not callback:
         return
     from torch.utils.tensorboard.summary import hparams
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
 from sharded_lightning import Module, Shares, make_callback, make_trainer
 
 
@@ -29,10 +30,11 @@ class WithOptimizer(Module):
 
 def main(folder: str, optimizer: str, end: str, start: str | None = None) -> None:
     torch.set_num_threads(1)
-    module, callback = WithOptimizer(optimizer), make_callback()
+    module, callback = WithOptimizer(optimizer), make_callback(dashboard=True)
+    logger = TensorBoardLogger(folder, name="logs", version=end)
     saver = ModelCheckpoint(folder, f"{end}.{{step}}", every_n_train_steps=5, save_top_k=-1)
     arguments = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
-    trainer = make_trainer([callback, saver], **arguments)
+    trainer = make_trainer([callback, saver], logger=logger, log_every_n_steps=2, **arguments)
     trainer.fit(module, Late(trainer), Late(trainer), ckpt_path=start, weights_only=True)
     regularizer: Any = callback.regularizer
     outcome = {"weights": module.network.state_dict(), "masks": regularizer.masks}

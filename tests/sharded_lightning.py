@@ -82,7 +82,7 @@ def make_callback(**arguments: Any) -> WGSEFCallback:
 def make_trainer(callbacks: list[Any], **arguments: Any) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     return pl.Trainer(
-        callbacks=callbacks, max_epochs=EPOCHS, accelerator="cpu", **quiet, **arguments
+        callbacks=callbacks, max_epochs=EPOCHS, accelerator="cpu", **{**quiet, **arguments}
     )
 
 

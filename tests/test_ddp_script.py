@@ -47,6 +47,8 @@ def test_case_20_two_processes_of_a_script(tmp_path: Path, optimizer: str) -> No
             assert torch.equal(rank["weights"][name] == 0, weight == 0), name
         for name, mask in masks.items():
             assert torch.equal(rank["masks"][name], mask), name
+    (written,) = (tmp_path / "logs" / "whole").glob("events*")  # by one of them
+    assert b"_hparams_/session_start_info" in written.read_bytes()
     if optimizer == "zero":  # its state has to be gathered; saved after the freeze
         step = 15
         path = str(tmp_path / f"whole.step={step}.ckpt")
