@@ -48,7 +48,8 @@ KINDS = (
 
 
 @pytest.fixture(autouse=True)
-def as_before() -> Any:
+def as_before(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(protocol, "PLAIN_STEPS", 2)
     yield
     torch.set_flush_denormal(False)
 

@@ -146,7 +146,7 @@ def test_the_table_shows_weights_costs_and_obstacles():
 @pytest.mark.parametrize(
     ("grouping", "words"),
     [
-        ("head", "no nn.MultiheadAttention, and no module whose layers have names"),
+        ("head", "no nn.MultiheadAttention, and no attention with known names of layers"),
         ("hidden", "no module with two dense layers of which the second reads"),
         ("filter", "no weights"),
     ],

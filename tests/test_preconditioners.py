@@ -209,7 +209,7 @@ def test_sgd_is_the_identity():
 def test_an_unknown_optimizer_warns_once_and_is_the_identity():
     Mine, Other = (type(name, (Rprop,), {}) for name in ("Mine", "Other"))  # noqa: N806
     weights = [torch.nn.Parameter(torch.ones(1))]
-    with pytest.warns(UserWarning, match=r"Mine.* identity.*register_preconditioner\(Mine, ") as w:
+    with pytest.warns(UserWarning, match=r"Mine.*'identity'.*register_preconditioner\(Mine, ") as w:
         assert preconditioner(Mine(weights)) is None
     assert len(w) == 1
     assert preconditioner(Mine(weights)) is None  # warnings are errors here
