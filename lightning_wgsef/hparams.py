@@ -41,7 +41,7 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
     """
     kind = type(callback)
     shown = [x for x in trainer.callbacks if isinstance(x, kind) and x.dashboard]  # type: ignore[attr-defined]  # set by a connector
-    if not trainer.is_global_zero or not shown or shown[-1] is not callback:
+    if not shown or shown[-1] is not callback:
         return
     from torch.utils.tensorboard.summary import hparams
 
@@ -69,9 +69,11 @@ def _settings(callbacks: list[Any]) -> dict[str, Any]:
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[Any]:
-    """Those whose experiment is a ``SummaryWriter``."""
+    """Those that write: other processes and ``fast_dev_run`` have dummies that answer anything."""
+    from torch.utils.tensorboard import SummaryWriter
+
     return [
         logger
         for logger in trainer.loggers
-        if hasattr(getattr(logger, "experiment", None), "add_custom_scalars")
+        if isinstance(getattr(logger, "experiment", None), SummaryWriter)
     ]

@@ -33,13 +33,13 @@ class Presentation:
         self._has_summary = _has_summary(trainer)
         self.talks = trainer.is_global_zero and self._has_summary
         self.announced = regularizer.frozen
-        self.dashboards: list[Dashboard] = []
-        if dashboard and trainer.is_global_zero:
-            total, groups = regularizer.total_steps, regularizer.groups
-            for logger in tensorboard_loggers(trainer):
-                self.dashboards.append(Dashboard(logger.experiment, prefix, groups, total))
+        self.dashboards = [
+            Dashboard(logger.experiment, prefix, regularizer.groups, regularizer.total_steps)
+            for logger in (tensorboard_loggers(trainer) if dashboard else [])
+        ]
         self._shows_more = dashboard
-        if dashboard and trainer.is_global_zero and not self.dashboards:
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if dashboard and writes and not self.dashboards:
             warnings.warn(
                 "dashboard=True shows nothing: no logger of the Trainer is a TensorBoardLogger",
                 stacklevel=2,
@@ -76,6 +76,8 @@ class Presentation:
             return
         groups = self.regularizer.groups
         whole, norms = whole_model(model), groups.norms()
+        if not self.talks and not self.dashboards:
+            return
         try:
             report = sparsity_report(whole, groups, example_input)
         except ValueError:  # training needed no example, and is over

@@ -177,7 +177,7 @@ def test_pictures_of_the_groups_are_shown(page: Callable[..., Any]) -> None:
 def test_histograms_of_norms_are_drawn(page: Callable[..., Any]) -> None:
     driver = page("histograms")
     wait_for_words(driver, *(f"wgsef/network.{layer}/norms" for layer in LAYERS))
-    elements(driver, "vz-histogram-timeseries", 3)
+    assert len(elements(driver, "vz-histogram-timeseries", 3)) == 3
 
 
 def test_settings_stand_beside_results(page: Callable[..., Any]) -> None:
@@ -186,7 +186,7 @@ def test_settings_stand_beside_results(page: Callable[..., Any]) -> None:
     (pane,) = elements(driver, "tf-hparams-query-pane", 1)
     named = ("k", "lam", "grouping", "scope", "weights", "costs", "metric", "freeze")
     for name in ("lr", "optimizer", *(f"wgsef/{name}" for name in named)):
-        wait_for(lambda name=name: name in pane.text, name)
+        assert wait_for(lambda name=name: name in pane.text, name)
     for box in driver.execute_script(FIND, "paper-checkbox"):
         # Five columns are ticked, in the order of the alphabet.
         if box.text in ("wgsef/k", "wgsef/lam", "wgsef/grouping") and not box.get_property(
@@ -194,8 +194,10 @@ def test_settings_stand_beside_results(page: Callable[..., Any]) -> None:
         ):
             driver.execute_script("arguments[0].click()", box)
     shown = ("0.25000", "Homotopy(", "channel", "wgsef/final_sparsity", "val/accuracy")
-    wait_for(lambda: all(word in table.text for word in shown), f"{shown}")
+    assert wait_for(lambda: all(word in table.text for word in shown), f"{shown}")
 
 
 def test_the_report_can_be_read(page: Callable[..., Any]) -> None:
-    wait_for_words(page("text"), "wgsef/report", "4 / 16", "8 / 32", "16 / 64")
+    alive = ("4 / 16", "8 / 32", "16 / 64")
+    text = wait_for_words(page("text"), "wgsef/report", *alive)
+    assert [text.index(part) for part in alive] == sorted(text.index(part) for part in alive)

@@ -155,3 +155,12 @@ def test_many_groups_are_shown_in_part() -> None:
     picture = life.picture("a")
     assert picture.shape == (3, ROWS, COLUMNS)
     assert float((picture[2] == 180).float().mean()) == 0.5
+
+
+def test_a_fast_development_run_writes_nothing_and_says_nothing(tmp_path: Path) -> None:
+    logger = TensorBoardLogger(tmp_path, name="", version="run")
+    callback = WGSEFCallback(k=0.25, lam=0.1, freeze=None, dashboard=True)
+    trainer = make_trainer([callback], fast_dev_run=2, logger=logger)
+    trainer.fit(with_settings(), loader())  # a warning is an error
+    assert trainer.global_step == 2
+    assert not list(tmp_path.iterdir())
