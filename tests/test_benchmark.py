@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_runs import WRITE, stopping
 
 from examples.benchmark import protocol
 from examples.benchmark.__main__ import main
@@ -81,20 +82,11 @@ def test_every_method_keeps_the_protocol_and_resumes(
         assert whole["flops"][1] < whole["flops"][0]
     assert whole["slim_test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.3)
 
-    def stopping(at: int) -> Any:
-        def on_train_epoch_end(self: Checkpoint, trainer: Any, pl_module: Any) -> None:
-            write(self, trainer, pl_module)
-            if trainer.current_epoch == at:
-                raise RuntimeError("stop")
-
-        return on_train_epoch_end
-
-    write = Checkpoint.on_train_epoch_end
     for epoch in (0, 2):  # before and after the freeze
         monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(epoch))
         with pytest.raises(RuntimeError, match="stop"):
             execute(run, tmp_path)
-    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", write)
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
     resumed = execute(run, tmp_path)
     for key in ("validation", "loss", "alive", "test_accuracy", "before_freeze", "after_freeze"):
         assert resumed[key] == whole[key], key

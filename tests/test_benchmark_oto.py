@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from benchmark_runs import WRITE, stopping
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
@@ -75,16 +76,6 @@ def test_it_keeps_the_protocol_and_resumes(tmp_path: Path, monkeypatch: pytest.M
     assert sum(alive for alive, _ in whole["alive"][0].values()) > 28
     assert whole["slim_test_accuracy"] == pytest.approx(whole["test_accuracy"], abs=0.3)
 
-    write = Checkpoint.on_train_epoch_end
-
-    def stopping(at: int) -> Any:
-        def on_train_epoch_end(self: Checkpoint, trainer: Any, pl_module: Any) -> None:
-            write(self, trainer, pl_module)
-            if trainer.current_epoch == at:
-                raise RuntimeError("stop")
-
-        return on_train_epoch_end
-
     for epoch in (0, 2):  # in the middle of a round, and when all are over
         monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(epoch))
         with pytest.raises(RuntimeError, match="stop"):
@@ -94,7 +85,7 @@ def test_it_keeps_the_protocol_and_resumes(tmp_path: Path, monkeypatch: pytest.M
         ]
         assert any(state["active_redundant_idxes"].values()) == (epoch == 0)
         assert any(state["pruned_idxes"].values())
-    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", write)
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
     resumed = execute()
     for key in ("validation", "loss", "alive", "test_accuracy", "before_freeze", "after_freeze"):
         assert resumed[key] == whole[key], key
