@@ -23,12 +23,12 @@ from lightning_wgsef import (
     group_parameters,
     load_slim,
     measure_latency,
+    network_report,
     plot_report,
     plot_sparsity,
     save_slim,
     slim,
 )
-from lightning_wgsef.network_report import network_report
 
 FOLDER = Path("tour")
 FOLDER.mkdir(exist_ok=True)

@@ -19,6 +19,7 @@ from lightning_wgsef.latency import measure_latency as measure_latency
 from lightning_wgsef.masks import masks_from_zeros as masks_from_zeros
 from lightning_wgsef.members import Member as Member
 from lightning_wgsef.metric import prox_metric as prox_metric
+from lightning_wgsef.network_comparison import network_report as network_report
 from lightning_wgsef.penalties import Envelope as Envelope
 from lightning_wgsef.penalties import GroupLasso as GroupLasso
 from lightning_wgsef.plots import plot_report as plot_report

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Integral
 
 from lightning_wgsef.penalties import Envelope, Penalty
-from lightning_wgsef.schedules import Schedule
+from lightning_wgsef.schedules import Homotopy, Schedule
+
+_FEWEST = 5
+"""Steps of a way that can be called one."""
 
 
 def warn_of_cut(cut: Mapping[str, int], taken: int, penalty: Penalty, schedule: Schedule) -> None:
@@ -17,6 +21,21 @@ def warn_of_cut(cut: Mapping[str, int], taken: int, penalty: Penalty, schedule: 
             f"lam = {schedule} had not reached the budget by step {taken}, three quarters of "
             f"training: the weakest groups were cut to keep it {dict(cut)}. Try a larger lam"
             f"{homotopy} or an earlier freeze=",
+            stacklevel=3,
+        )
+
+
+def warn_of_short_way(schedule: Schedule, total: int | None) -> None:
+    """Say that a homotopy has so few steps that it cuts the groups."""
+    if not isinstance(schedule, Homotopy) or schedule.start == 1:
+        return  # nothing that promises a way
+    if isinstance(schedule.length, Integral):
+        return  # whoever counts steps knows how many there are
+    steps = schedule.steps(total)
+    if steps < _FEWEST:
+        warnings.warn(
+            f"{schedule} has {steps} of {total} steps to reach the budget: groups are cut, not "
+            "faded out. Train longer, with smaller batches, or with a larger length=",
             stacklevel=3,
         )
 

@@ -24,9 +24,8 @@ from lightning_wgsef.penalties import Penalty
 from lightning_wgsef.presentation import Presentation
 from lightning_wgsef.regularizer import WGSEF
 from lightning_wgsef.schedules import CubicRamp, Schedule
-from lightning_wgsef.slim_files import write_slim
+from lightning_wgsef.slim_files import check_slim_path, write_slim
 from lightning_wgsef.strategies import check_strategy, restores_later
-from lightning_wgsef.whole_files import check_writable
 
 if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
@@ -70,7 +69,7 @@ class WGSEFCallback(Callback):
         masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
             for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
         slim_to: where the network without its zero groups is written when the fit ends, as a file
-            of `save_slim`, with a report as JSON beside it; needs an example input.
+            of `save_slim` (.safetensors), with a report as JSON beside it; needs an example input.
         dashboard: show more in TensorBoard: charts of all layers together, histograms of norms and
             pictures of the life of the groups (a few times a run), the report, and hparams.
         name: put into the logged names, and into the key of the saved state; needed for each of
@@ -187,7 +186,7 @@ class WGSEFCallback(Callback):
             self._state = earlier.state_dict()  # a second fit goes on where the first one ended
         arguments = {**self.arguments, "example_input": self._example_input(trainer, pl_module)}
         if self.slim_to is not None:
-            check_writable(self.slim_to)
+            check_slim_path(self.slim_to)
             if arguments["example_input"] is None:
                 raise ValueError(
                     "slim_to needs an example_input: an argument of WGSEFCallback, or the module's "

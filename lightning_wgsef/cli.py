@@ -25,9 +25,9 @@ from lightning_wgsef.export import export_onnx, export_program
 from lightning_wgsef.groupings.parameters import group_parameters
 from lightning_wgsef.groupings.registry import check_grouping
 from lightning_wgsef.latency import measure_latency
-from lightning_wgsef.network_report import network_report
+from lightning_wgsef.network_comparison import network_report
 from lightning_wgsef.report import SparsityReport, sparsity_report
-from lightning_wgsef.slim_files import save_slim
+from lightning_wgsef.slim_files import check_slim_path, save_slim
 from lightning_wgsef.slimming import Slimming, slim
 from lightning_wgsef.sparse_storage import to_sparse
 from lightning_wgsef.whole_files import whole_file
@@ -95,6 +95,7 @@ def _report(options: Namespace, step: Step) -> str:
 
 
 def _slim(options: Namespace, step: Step) -> str:
+    check_slim_path(options.output)
     # A path that cannot be written is noticed before the work.
     with whole_file(options.output) as temporary:
         with step("reading"):

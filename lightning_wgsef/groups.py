@@ -232,10 +232,13 @@ class Groups:
             ValueError: names the parameter and both layers.
         """
         claims = Claims()
-        for layer in (*self.layers, *(other.layers if other is not None else ())):
+        others = other.layers if other is not None else ()
+        for layer in (*self.layers, *others):
             if clash := claims.add(layer):
+                whose = " of another callback or regularizer" if layer in others else ""
                 raise ValueError(
-                    f"groups overlap: {clash}; leave one of the two out with include or exclude"
+                    f"groups overlap: {clash}{whose}; leave one of the two out with include or "
+                    "exclude"
                 )
 
     def __str__(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -49,6 +49,31 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
             "weights are not pruned; take those of a pruned network, with the grouping it had"
         )
     return groups.split(alive)
+
+
+def given_masks(groups: Groups, masks: str | Path) -> Masks:
+    """`masks_from_zeros` for "from_zeros", else those of the checkpoint at this path."""
+    if masks == "from_zeros":
+        return masks_from_zeros(groups)
+    return masks_from_checkpoint(groups, masks)
+
+
+def within_masks(groups: Groups, masks: Mapping[str, Tensor]) -> Groups:
+    """The groups, with what is alive as their budgets; n:m budgets stay.
+
+    >>> from lightning_wgsef.groupings.parameters import group_parameters
+    >>> groups = group_parameters(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), k=1.0)
+    >>> within_masks(groups, {"1": torch.tensor([True, False, True])}).budgets.tolist()
+    [2.0]
+    """
+    layers = []
+    for layer in groups.layers:
+        alive = masks[layer.name].cpu()
+        costs = torch.ones(layer.count) if layer.costs is None else layer.costs.cpu()
+        budget = float(costs.double()[alive].sum()) or float(costs.min())  # a budget is positive
+        layers.append(layer if layer.contest else replace(layer, budget=budget))
+    of_all = sum(layer.budget for layer in layers) if groups.is_global else None
+    return Groups(layers, groups.left_out, of_all)
 
 
 def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:

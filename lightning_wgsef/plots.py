@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_wgsef.network_report import NetworkReport
+from lightning_wgsef.network_comparison import NetworkReport
 from lightning_wgsef.report import SparsityReport
 
 if TYPE_CHECKING:

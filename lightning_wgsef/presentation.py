@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_wgsef.advice import warn_of_short_way
 from lightning_wgsef.dashboard import Dashboard
 from lightning_wgsef.groupings.whole_model import whole_model
 from lightning_wgsef.hparams import tensorboard_loggers
@@ -44,6 +45,8 @@ class Presentation:
                 "dashboard=True shows nothing: no logger of the Trainer is a TensorBoardLogger",
                 stacklevel=2,
             )
+        if writes and not regularizer.frozen:
+            warn_of_short_way(regularizer.schedule, regularizer.total_steps)
         if self.talks:
             trainer.print(f"{prefix}:\n{regularizer.groups}")
 

@@ -20,7 +20,7 @@ from lightning_wgsef.groupings.parameters import group_parameters
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.half_space import HalfSpace, as_half_space
-from lightning_wgsef.masks import Masks, masks_from_checkpoint, masks_from_zeros
+from lightning_wgsef.masks import Masks, given_masks, within_masks
 from lightning_wgsef.penalties import Envelope, Penalty
 from lightning_wgsef.proximal_step import ProximalStep, check_step
 from lightning_wgsef.saved_state import parts_of
@@ -136,10 +136,9 @@ class WGSEF:
         )
         self.attachments: list[Attachment] = []
         self._given_masks: Masks | None = None
-        if masks == "from_zeros":
-            self._given_masks = masks_from_zeros(self.groups)
-        elif masks is not None:
-            self._given_masks = masks_from_checkpoint(self.groups, masks)
+        if masks is not None:
+            self._given_masks = given_masks(self.groups, masks)
+            self.groups = within_masks(self.groups, self._given_masks)
         self._hooks: list[StepHooks] = []
 
     @property

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from lightning_wgsef.groupings.layers import canonical_name, modules_by_name
 from lightning_wgsef.groupings.removal_plan import RemovalPlan
-from lightning_wgsef.network_report import network_report
+from lightning_wgsef.network_comparison import network_report
 from lightning_wgsef.slimming import Slimming, slim
-from lightning_wgsef.whole_files import whole_file
+from lightning_wgsef.whole_files import check_writable, whole_file
 
 _FORMAT = "lightning_wgsef slim network, version 1"
 
@@ -66,6 +66,21 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
             save_file(tensors, temporary, header)
         except (OSError, safetensors.SafetensorError) as error:
             raise ValueError(f"path: {path} could not be written: {error}") from error
+
+
+def check_slim_path(path: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` unless a slim network can be written at ``path``, with a report beside it.
+
+    >>> check_slim_path("small.pt")
+    Traceback (most recent call last):
+    ...
+    ValueError: path must end in .safetensors, the format of slim networks, got 'small.pt'
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"path must end in .safetensors, the format of slim networks, got {os.fspath(path)!r}"
+        )
+    check_writable(path)
 
 
 def write_slim(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> str:

@@ -54,6 +54,11 @@ class Slimming:
         if evaluated is not None:
             lines.append(f"largest difference of outputs: {evaluated:.1e} in evaluation")
             lines[-1] += f", {trained:.1e} in training" if trained is not None else ""
+        if before == after and not self.kept:
+            lines.append(
+                "nothing was taken out: no channel, head, hidden unit or block is zero as a whole; "
+                "to_sparse stores single zeros, tiles and 2:4"
+            )
         return "\n".join(lines + [f"kept, {name}: {why}" for name, why in self.kept.items()])
 
 

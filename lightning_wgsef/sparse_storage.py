@@ -16,7 +16,7 @@ from lightning_wgsef.groupings.example_runs import model_copy, run_example
 from lightning_wgsef.groupings.layers import WeightedLayer, weighted_layers
 from lightning_wgsef.groupings.operations import tensors
 from lightning_wgsef.latency import alternating_times, compared, evaluation
-from lightning_wgsef.network_report import LayerStorage, Storage
+from lightning_wgsef.network_comparison import LayerStorage, Storage
 from lightning_wgsef.sparse_linear import BETA, SparseLinear, sparse_matrix
 
 LAYOUTS = ("bsr", "csr", "2:4")

@@ -146,7 +146,7 @@ def write_bad_files():
     save_file({"a": torch.ones(2)}, "other.safetensors")
 
 
-def slimmed(checkpoint="dense.pt", options=DENSE, output="new"):
+def slimmed(checkpoint="dense.pt", options=DENSE, output="new.safetensors"):
     return ["slim", checkpoint, *options, "--output", output]
 
 
@@ -158,8 +158,9 @@ def of(name, shape="1,4"):
     return ["--model", name, "--example-input", shape]
 
 
-NO_FOLDER = "path must be a file that can be written, got 'no/new': No such file or directory"
-A_FOLDER = "path must be a file that can be written, got '.': it is a directory"
+NO_FOLDER = "path must be a file that can be written, got '{}': No such file or directory"
+A_FOLDER = "path must be a file that can be written, got '{}': it is a directory"
+NO_ENDING = "path must end in .safetensors, the format of slim networks, got '{}'"
 BAD = {
     "missing": (slimmed("no.ckpt"), ["there is no file no.ckpt"]),
     "a folder": (slimmed("."), ["there is no file ."]),
@@ -252,8 +253,10 @@ for command in (
     if command[0] != "report":
         without = [*command[:4], *command[6:]]
         BAD[f"no shape, {name}"] = (without, ["Dense has no example_input_array", "1,3,32,32"])
-    for path, words in (("no/new", NO_FOLDER), (".", A_FOLDER)):
-        if "new" in command:
-            to = [path if word == "new" else word for word in command[:5]]
-            to += ["1,4", *(path if word == "new" else word for word in command[6:])]
-            BAD[f"{name} to {path}"] = (to, [words])
+    paths = {"no/new": NO_FOLDER, ".": A_FOLDER}
+    if command[0] == "slim":
+        paths = {"no/new.safetensors": NO_FOLDER, ".": NO_ENDING, "new.pt": NO_ENDING}
+    for path, words in paths.items():
+        if command[-1].startswith("new"):
+            to = [*command[:5], "1,4", *command[6:-1], path]
+            BAD[f"{name} to {path}"] = (to, [words.format(path)])

@@ -74,6 +74,23 @@ def test_where_nothing_can_be_written(tmp_path: Any) -> None:
     assert callback.regularizer is None
 
 
+@pytest.mark.parametrize("name", ["small.json", "small.pt", "small"])
+def test_another_ending(tmp_path: Any, name: str) -> None:
+    """The report of a network in small.json would take its place."""
+    with raises_naming("path must end in .safetensors", name):
+        fit(WGSEFCallback(slim_to=tmp_path / name, example_input=EXAMPLE))
+    assert os.listdir(tmp_path) == []
+
+
+def test_single_weights_are_not_taken_out(tmp_path: Any, capsys: Any) -> None:
+    path = tmp_path / "small.safetensors"
+    fit(WGSEFCallback(k=0.5, grouping="element", slim_to=path, example_input=EXAMPLE))
+    printed = capsys.readouterr().out
+    assert "(100.0%)" in printed
+    assert "nothing was taken out: no channel, head, hidden unit or block is zero" in printed
+    assert "to_sparse" in printed
+
+
 def test_a_network_whose_outputs_differ_is_not_written(tmp_path: Any, monkeypatch: Any) -> None:
     """And what was trained is not lost."""
     compare = "lightning_wgsef.groupings.same_outputs.largest_difference"

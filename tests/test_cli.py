@@ -346,7 +346,7 @@ def test_a_network_cut_in_the_wrong_places_is_not_saved(folder, capsys, monkeypa
     cut = removal_plan._cut
     monkeypatch.setattr(removal_plan, "_cut", lambda tensor, axes: cut(tensor, axes).flip(0))
     monkeypatch.setattr(slimming._Slimmer, "_failure", lambda *_: "")
-    (folder / "new").write_text("from before")
+    (folder / "new.safetensors").write_text("from before")
     before = contents(folder)
     assert main(slimmed()) == 1
     assert "the outputs of Dense in evaluation differ" in capsys.readouterr().err

@@ -87,7 +87,7 @@ FLOORS = {
     "latency": (1, 7),
     "plots": (1, 10),
     "export": (1, 8),
-    "network_report": (1, 9),
+    "network_comparison": (1, 9),
     "sparse_storage": (1, 10),
     "proximal_step": (2, 0),
     "saved_state": (2, 0),

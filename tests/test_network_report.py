@@ -8,9 +8,9 @@ import torch
 from helpers import raises_naming
 from torch import nn
 
-from lightning_wgsef import latency, network_report, sparse_storage
-from lightning_wgsef.network_report import LayerStorage
-from lightning_wgsef.network_report import network_report as report_of
+from lightning_wgsef import latency, network_comparison, sparse_storage
+from lightning_wgsef.network_comparison import LayerStorage
+from lightning_wgsef.network_comparison import network_report as report_of
 from lightning_wgsef.sparse_storage import to_sparse
 
 
@@ -76,13 +76,13 @@ def test_tied_weights_count_once():
 
 def test_others_are_timed_against_the_first(networks, monkeypatch):
     calls = []
-    right = network_report.measure_latency
+    right = network_comparison.measure_latency
 
     def noted(network, example, *, against, batch_sizes):
         calls.append((network, against, batch_sizes))
         return right(network, example, against=against, batch_sizes=batch_sizes)
 
-    monkeypatch.setattr(network_report, "measure_latency", noted)
+    monkeypatch.setattr(network_comparison, "measure_latency", noted)
     report = report_of(networks, EXAMPLE, batch_sizes=(1, 3))
     dense, sparse, slim = networks.values()
     assert calls == [(dense, None, (1, 3)), (sparse, dense, (1, 3)), (slim, dense, (1, 3))]
@@ -131,7 +131,7 @@ def test_half_a_file_is_not_left(networks, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(network_report.json, "dumps", fails)
+    monkeypatch.setattr(network_comparison.json, "dumps", fails)
     with pytest.raises(OSError, match="no space"):
         report.save_json(path)
     assert path.read_text() == "before"

@@ -12,8 +12,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 from torch import nn
 from trainers import loader, make_module, make_trainer
 
-from lightning_wgsef import WGSEFCallback, plot_report, plot_sparsity
-from lightning_wgsef.network_report import network_report
+from lightning_wgsef import WGSEFCallback, network_report, plot_report, plot_sparsity
 
 
 @pytest.fixture(scope="module")

@@ -69,6 +69,32 @@ def test_the_line_is_said_once_and_not_again_in_a_second_fit(
     assert capsys.readouterr().out.count("mask fixed after step 5:") == 1
 
 
+def test_too_few_steps_to_fade_anything_out() -> None:
+    with pytest.warns(UserWarning, match=r"has 1 of 2 steps to reach the budget: .*Train longer"):
+        make_trainer([WGSEFCallback()], max_epochs=-1, max_steps=2).fit(make_module(), loader())
+
+
+@pytest.mark.parametrize("schedule", [Homotopy(length=2), Homotopy(start=1.0), 0.1])
+def test_few_steps_that_were_asked_for(schedule: Any) -> None:
+    """Warnings are errors here."""
+    callback = WGSEFCallback(k=1.0, lam=schedule, freeze=None if schedule == 0.1 else "converged")
+    make_trainer([callback], max_epochs=-1, max_steps=4).fit(make_module(), loader())
+    assert callback.regularizer is not None
+    assert callback.regularizer.frozen == (schedule != 0.1)
+
+
+def test_masks_that_are_given_are_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_module()
+    with torch.no_grad():
+        model.conv2.weight[:, :3] = 0
+    callback = WGSEFCallback(masks="from_zeros")
+    make_trainer([callback], enable_model_summary=True).fit(model, loader())
+    _, start, report = capsys.readouterr().out.split("wgsef:\n")
+    assert re.search(r"^conv2 +channel +8 +108 +5 +yes$", start, re.MULTILINE)
+    assert re.search(r"^conv2 +5 / 8 +5 ", report, re.MULTILINE)
+    assert re.search(r"^fc +12 / 12 +12 ", report, re.MULTILINE)
+
+
 @pytest.mark.parametrize("bar", ["TQDMProgressBar", "RichProgressBar"])
 def test_sparsity_and_gap_are_in_the_progress_bar(bar: str) -> None:
     import pytorch_lightning.callbacks as callbacks

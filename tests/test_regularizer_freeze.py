@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from typing import Any
 
 import pytest
 import torch
@@ -258,5 +259,28 @@ def test_masks_from_zeros_and_from_a_checkpoint(tmp_path) -> None:
         assert regularizer.masks["2"].tolist() == [True, False, True, True, True]
         assert (start[2].weight.norm(dim=0) > 0).tolist() == regularizer.masks["2"].tolist()
         assert regularizer.gap().tolist() == [0, 0]
+        assert regularizer.groups.budgets.tolist() == [4, 6]
     with pytest.raises(ValueError, match="no group is zero"):
         WGSEF(dense_network(), masks="from_zeros")
+
+
+OF_ZEROS: dict[str, Any] = {
+    "a layer that is dead": ({}, [1, 7]),
+    "in weights": ({"costs": "params"}, [8, 7 * 3]),
+    "one budget": ({"scope": "global"}, [1 + 7]),
+    "7:8": ({"grouping": "7:8", "include": "3"}, [7]),
+}
+
+
+@pytest.mark.parametrize("case", OF_ZEROS)
+def test_what_stays_is_the_budget_of_given_masks(case: str) -> None:
+    """A budget is a positive number, so that a dead layer has room for its cheapest group."""
+    arguments, budgets = OF_ZEROS[case]
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 8), nn.Linear(8, 3))
+    with torch.no_grad():
+        model[2].weight.zero_()
+        model[3].weight[:, 0] = 0
+    regularizer = WGSEF(model, masks="from_zeros", **arguments)
+    assert regularizer.groups.budgets.tolist() == budgets
+    regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    assert regularizer.gap().tolist() == [0] * len(budgets)

@@ -30,8 +30,7 @@ from examples.benchmark.situation import Pruning, Situation, counted
 from examples.benchmark.watching import Checkpoint, Clock, CosineRate, Watch, accuracy, total_steps
 from examples.data import InMemory
 from examples.networks import Classifier
-from lightning_wgsef import group_parameters, slim
-from lightning_wgsef.network_report import network_report
+from lightning_wgsef import group_parameters, network_report, slim
 
 PLAIN_STEPS = 30
 PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao", "only-train-once")
