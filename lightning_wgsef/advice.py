@@ -9,7 +9,7 @@ from numbers import Integral
 from lightning_wgsef.penalties import Envelope, Penalty
 from lightning_wgsef.schedules import Homotopy, Schedule
 
-_FEWEST = 5
+_FEWEST = 4
 """Steps of a way that can be called one."""
 
 

@@ -85,7 +85,7 @@ def test_resnet18_meets_its_budget() -> None:
     data.setup()
     setting = "structure, one budget"
     model = Classifier(ResNet18(channels=1))
-    record = resnet18_structure.train(model, data, setting, epochs=2, batches=2)
+    record = resnet18_structure.train(model, data, setting, epochs=4, batches=2)
     row = resnet18_structure.table([{"setting": setting, "accuracy": 10.0, **record}])
     total = sum(record["groups"].values())
     assert f"| {round(0.3 * total)} of {total} | yes |" in row

@@ -42,6 +42,7 @@ EXPECTED = (
     "training ended before the mask was frozen",
     "metric='auto' scales weights one by one",
     "all groups of .* have faded",
+    ".* steps to reach the budget",
 )
 pytestmark = pytest.mark.filterwarnings(*(f"ignore:{message}" for message in EXPECTED))
 

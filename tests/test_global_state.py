@@ -89,7 +89,7 @@ def test_an_example_input_of_the_callback_comes_first():
     model = pictures()
     images = torch.ones(1, 1, 16, 16)
     callback = WGSEFCallback(k=0.4, scope="global", costs="flops", example_input=images)
-    make_trainer([callback], max_epochs=1).fit(model, loader(2))
+    make_trainer([callback], max_epochs=4).fit(model, loader(2))
     costs = callback.regularizer.groups.costs
     assert costs.tolist() == [4 * 18432.0] * 8 + [4 * 3456.0] * 16 + [20.0] * 12
 
