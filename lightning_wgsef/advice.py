@@ -1,4 +1,4 @@
-"""Warnings while a constant penalty is at work, with what to try instead."""
+"""Warnings about the way to a budget, with what to try instead."""
 
 from __future__ import annotations
 
