@@ -101,11 +101,8 @@ def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record])
     paired = "-" if not differences or method == REFERENCE else spread(differences, sign="+")
     freeze = f"{_mean(runs, 'before_freeze'):.1f} → {_mean(runs, 'after_freeze'):.1f}"
     alive = [sum(count for count, _ in run["alive"][-1].values()) for run in runs]
-    budget = (
-        "-"
-        if method == "dense"
-        else f"{round(statistics.mean(alive), 1):g} of {runs[0]['budget']:g}"
-    )
+    mean = round(statistics.mean(alive), 1)
+    budget = "-" if method == "dense" else f"{mean:g} of {runs[0]['budget']:g}"
     accuracy = spread([run["test_accuracy"] for run in runs])
     bold = f"**{method}**" if METHODS[method].ours else method
     return [bold, value, accuracy, paired, freeze, budget]
