@@ -83,6 +83,13 @@ def test_few_steps_that_were_asked_for(schedule: Any) -> None:
     assert callback.regularizer.frozen == (schedule != 0.1)
 
 
+def test_a_fast_development_run_has_few_steps_on_purpose() -> None:
+    callback = WGSEFCallback()
+    make_trainer([callback], fast_dev_run=1).fit(make_module(), loader())  # a warning is an error
+    assert callback.regularizer is not None
+    assert callback.regularizer.frozen
+
+
 def test_masks_that_are_given_are_the_budget(capsys: pytest.CaptureFixture[str]) -> None:
     model = make_module()
     with torch.no_grad():
