@@ -38,8 +38,9 @@ class Slimming:
         plans: what was taken out, one round after the other.
         kept: why zero groups had to stay, by name of the layer.
         parameters: number of weights before and after.
-        difference: largest difference of outputs in evaluation and in training mode; None where
-            the network does not train on the example or is random then, and of a loaded network.
+        difference: largest difference of outputs in evaluation and in training mode, rounding
+            included; None where the network does not train on the example or is random then, and
+            of a loaded network.
     """
 
     plans: list[RemovalPlan] = field(default_factory=list)
@@ -79,7 +80,8 @@ def slim(
 
     Every removal is tried on a copy: what layers and the network return on the example and on
     random inputs must agree within 1e-5 of the largest output, in evaluation mode and, where the
-    network is not random in it, in training mode.
+    network is not random in it, in training mode. Where float32 is too coarse for that (a norm may
+    make its rounding large), float64 decides.
 
     Args:
         model: any module, with its zeros.
