@@ -52,8 +52,7 @@ class BatchLatency:
         peak_memory: bytes that one pass holds at most on top of weights and inputs.
         against_seconds: of a pass of the other network; None without one, like what follows.
         against_peak_memory: bytes of the other network.
-        ratio: median time of the model over that of the other network; the quartiles are those of
-            the ratios of runs in the same turn.
+        ratio: time of the model over that of the other network in the same turn.
     """
 
     batch_size: int
@@ -181,13 +180,12 @@ def alternating_times(
 
 
 def compared(seconds: Sequence[float], against: Sequence[float]) -> Spread:
-    """Ratio of the medians, with the quartiles of the ratios of each turn.
+    """Median and quartiles of the ratios of each turn.
 
     >>> compared([2.0, 4.0, 6.0], [1.0, 4.0, 2.0])
     Spread(median=2.0, lower=1.5, upper=2.5)
     """
-    pairs = Spread.of([one / other for one, other in zip(seconds, against, strict=True)])
-    return Spread(Spread.of(seconds).median / Spread.of(against).median, pairs.lower, pairs.upper)
+    return Spread.of([one / other for one, other in zip(seconds, against, strict=True)])
 
 
 def with_batch_size(example_input: Any, size: int) -> tuple[Any, ...] | dict[str, Any]:

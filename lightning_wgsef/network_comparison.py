@@ -28,8 +28,8 @@ class LayerStorage:
         density: share of its weights that are not zero.
         dense_bytes: size of the dense weight.
         stored_bytes: size of what is stored, with indices.
-        time_ratio: median time of the sparse over that of the dense layer, on what the layer gets
-            from the example input, in alternating runs; None where it is dense.
+        time_ratio: time of the sparse over that of the dense layer, on what the layer gets from the
+            example input, median over turns in which both run; None where it is dense.
         note: why it is dense, or that it is slower.
     """
 
