@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from examples.benchmark.latencies import BATCHES, Latencies
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record, read_record
-from examples.benchmark.settings import Suite, Task
+from examples.benchmark.settings import WITHOUT_BUDGET, Suite, Task
 
 REFERENCE = "homotopy, structure, layer"
 """What all others are compared with, seed by seed."""
@@ -145,15 +146,18 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
 def _described(task: Task) -> str:
     made = ", ".join(f"{name} {value}" for name, value in task.arguments.items())
     network = f"{task.network} ({made})" if made else task.network
+    share = task.share_of_epoch
+    images = "" if share == 1 else f" of {share:.0%} of the training images"
     return (
-        f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs, the mask "
+        f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs{images}, the mask "
         f"fixed after half of them, {task.optimizer} from {task.lr:g}"
     )
 
 
 def _same_task(record: Record, task: Task) -> bool:
+    """Whether it was run like this; what concerns the budget is nothing to the dense network."""
+    free = {"skip"}
+    if record["method"] in WITHOUT_BUDGET:
+        free |= {"name", "k", "structure", "exclude"}
     own: dict[str, Any] = record["task"]
-    shared = ("network", "data", "arguments", "epochs", "optimizer", "lr", "batch_size")
-    if any(own[key] != getattr(task, key) for key in shared):
-        return False
-    return record["method"] == "dense" or (own["k"] == task.k and own["name"] == task.name)
+    return all(own[key] == value for key, value in asdict(task).items() if key not in free)
