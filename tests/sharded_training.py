@@ -181,7 +181,7 @@ PLACEMENTS = {
 def leave(meeting: Path, rank: int, count: int) -> NoReturn:
     """End this process at once when all have come this far: who leaves early takes others along.
 
-    Groups and interpreter are not taken down: gloo's threads abort there now and then.
+    Groups and interpreter are not taken down: a process has aborted there, with all its work done.
     """
     meeting.with_name(f"{meeting.name}.left.{rank}").touch()
     while len(list(meeting.parent.glob(f"{meeting.name}.left.*"))) < count:
@@ -192,25 +192,25 @@ def leave(meeting: Path, rank: int, count: int) -> NoReturn:
 def work(rank: int, count: int, tasks: list[tuple[str, str]], folder: str) -> None:
     """Everything that one group of processes is asked for: pairs of placement and case."""
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting"
-    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=count)
+    meeting = Path(folder) / "meeting"
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
     for number, (placement, case) in enumerate(tasks):
         network = Network()
         share = PLACEMENTS[placement](network, count)
         found = train(network, CASES[case][0], share=share)
         torch.save(found, Path(folder) / f"{number}.{rank}")
-    leave(Path(meeting.removeprefix("file://")), rank, count)
+    leave(meeting, rank, count)
 
 
 def resumed(rank: int, count: int, case: str, folder: str) -> None:
     """Go on with the second half of a training of which ``folder`` has the first."""
     torch.set_num_threads(1)
-    meeting = f"file://{folder}/meeting{count}"
-    torch.distributed.init_process_group("gloo", meeting, rank=rank, world_size=count)
+    meeting = Path(folder) / f"meeting{count}"
+    torch.distributed.init_process_group("gloo", f"file://{meeting}", rank=rank, world_size=count)
     first = torch.load(Path(folder) / "first", weights_only=True)
     network = Network()
     network.load_state_dict(first["weights"])
     share = rows(network, count)
     found = train(network, CASES[case][0], range(13, STEPS), first["state"], share)
     torch.save(found, Path(folder) / f"second.{count}.{rank}")
-    leave(Path(meeting.removeprefix("file://")), rank, count)
+    leave(meeting, rank, count)
