@@ -92,6 +92,40 @@ def test_every_method_keeps_the_protocol_and_resumes(
         assert resumed[key] == whole[key], key
 
 
+def test_torch_pruning_removes_whole_heads_and_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = replace(
+        TASK,
+        network="vit",
+        arguments={"size": 8, "channels": 1, "width": 16, "depth": 2},
+        structure={"*attention*": "head", "*mlp*": "hidden"},
+        optimizer="adamw",
+        lr=2e-3,
+    )
+    run = replace(run_of("Torch-Pruning"), task=task)
+    whole = execute(run, tmp_path)
+    assert whole["alive"][-1] == {
+        "blocks.0.attention": [1, 4],
+        "blocks.0.mlp.0": [16, 64],
+        "blocks.1.attention": [1, 4],
+        "blocks.1.mlp.0": [16, 64],
+    }
+    assert whole["slim_test_accuracy"] == whole["test_accuracy"]
+    small = smaller_network(
+        Situation(task, NETWORKS[task.network](**task.arguments), torch.zeros(2, 1, 8, 8))
+    )
+    assert whole["parameters"][1] == sum(p.numel() for p in small.parameters())
+
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(2))
+    with pytest.raises(RuntimeError, match="stop"):
+        execute(run, tmp_path)
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
+    resumed = execute(run, tmp_path)
+    for key in ("validation", "loss", "alive", "test_accuracy"):
+        assert resumed[key] == whole[key], key
+
+
 def test_a_trial_sees_no_test_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = replace(run_of("dense"), trial=True)
     monkeypatch.setattr(

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record
@@ -38,9 +39,17 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         found = {method: runs for method, runs in found.items() if len(runs) >= len(suite.seeds)}
         if found.keys() <= {"dense"}:
             continue
-        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 5.5), layout="constrained")
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")
         _against_operations(left, found)
         _curves(right, found, task)
+        figure.legend(
+            *left.get_legend_handles_labels(),
+            loc="outside lower center",
+            fontsize=7,
+            ncols=5,
+            title="left: circles are ours, triangles others",
+            title_fontsize=7,
+        )
         figure.suptitle(f"{task.network} on {task.data}, {task.budget()}")
         written += save(figure, folder / task.name)
     return written
@@ -73,10 +82,12 @@ def _against_operations(axes: Axes, found: dict[str, list[Record]]) -> None:
             label=method,
         )
     axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("FLOPs left, %")
     axes.set_ylabel("test accuracy, %")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=6, ncols=2, title="circles: ours, triangles: others", title_fontsize=6)
 
 
 def _curves(axes: Axes, found: dict[str, list[Record]], task: Task) -> None:

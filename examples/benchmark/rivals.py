@@ -16,6 +16,7 @@ from torchao.prototype.pat.optim import PruneOptimizer
 
 from examples.benchmark.situation import Alive, Count, Pruning, Situation
 from examples.benchmark.watching import total_steps
+from examples.vision_transformer import SelfAttention
 from lightning_wgsef import group_parameters, slim
 from lightning_wgsef.groups import Groups
 from lightning_wgsef.schedules import in_steps
@@ -186,6 +187,13 @@ def _pat(situation: Situation, settings: Any, lam: float, warm_up: float, freeze
     return Pruning(wrap=wrap, groups=_by_filter(situation), count=_rows(situation))
 
 
+def _count_heads(network: nn.Module) -> None:
+    """Tell attention how many heads are left, as Torch-Pruning's own examples do."""
+    for module in network.modules():
+        if isinstance(module, SelfAttention):
+            module.num_heads = module.q_proj.out_features // module.head_dim
+
+
 class TorchPruning(pl.Callback):
     """Torch-Pruning's group-norm pruner: its sparse learning, then its removal, then fine-tuning.
 
@@ -211,6 +219,7 @@ class TorchPruning(pl.Callback):
             graph = torch_pruning.DependencyGraph()
             graph.build_dependency(network, self.situation.example)
             graph.load_pruning_history(self.history)
+            _count_heads(network)
 
     def state_dict(self) -> dict[str, Any]:
         """What was removed."""
@@ -221,14 +230,16 @@ class TorchPruning(pl.Callback):
         network = pl_module.network
         groups = group_parameters(network, **self.situation.groups())
         modules = dict(network.named_modules())
-        ratios, grouped = {}, set()
+        ratios, heads, grouped = {}, {}, set()
         for layer in groups.layers:
             for member in layer.members:
                 name = member.name.rpartition(".")[0]
                 if member.axes == (0,) and isinstance(modules[name], nn.Conv2d | nn.Linear):
-                    # It keeps int(channels * (1 - ratio)).
+                    # It keeps int(channels * (1 - ratio)), and removes ceil(heads * ratio).
                     ratios[modules[name]] = (layer.count - layer.budget - 0.5) / layer.count
                     grouped.add(name)
+                    if isinstance(modules.get(layer.name), SelfAttention):
+                        heads[modules[name]] = layer.count
         kinds = (nn.Conv2d, nn.Linear)
         ignored = [
             module
@@ -243,6 +254,10 @@ class TorchPruning(pl.Callback):
             pruning_ratio=0.0,
             pruning_ratio_dict=ratios,
             ignored_layers=ignored,
+            num_heads=heads,
+            prune_num_heads=True,
+            prune_head_dims=False,
+            head_pruning_ratio_dict={layer: ratios[layer] for layer in heads},
         )
         network.train()  # following the graph leaves it in evaluation mode
 
@@ -259,5 +274,6 @@ class TorchPruning(pl.Callback):
         if not self.history and trainer.current_epoch >= self.freeze * trainer.max_epochs:
             self._pruner.step()
             self.history = self._pruner.pruning_history()
+            _count_heads(pl_module.network)
             pl_module.network.requires_grad_(True)
             trainer.strategy.setup_optimizers(trainer)
