@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from examples.benchmark.sensitivity import grid_report
 from examples.benchmark.settings import Run, Suite, Task
 from examples.benchmark.tables import report, runs_of
 
@@ -57,3 +58,26 @@ def test_a_share_of_the_images_is_said() -> None:
     text = report(replace(SUITE, tasks=(replace(TASK, **HALF),)), [], {}, "command")
     assert "4 epochs of 50% of the training images, the mask fixed" in text
     assert "4 epochs, the mask fixed" in report(SUITE, [], {}, "command")
+
+
+def test_a_grid_shows_every_value_for_every_task_and_what_is_missing() -> None:
+    method = "paper, structure, layer"
+    tasks = (TASK, replace(TASK, name="smaller", k=0.1))
+    values = {method: (0.01, 0.1)}
+    suite = replace(SUITE, tasks=tasks, methods=(method,), values=values, seeds=(0, 1))
+    accuracies = {("small", 0.01): (80.0, 82.0), ("smaller", 0.1): (10.0, 10.0)}
+    records = [
+        {**record(method, task), "value": value, "seed": seed, "test_accuracy": accuracy}
+        for task in tasks
+        for value in values[method]
+        for seed, accuracy in enumerate(accuracies.get((task.name, value), ()))
+    ]
+    for each in records:
+        each.update(hardware="a machine", date="2026-01-01", versions={"torch": "2"})
+    lines = grid_report(suite, records, "command").splitlines()
+    assert "| lam | small | smaller |" in lines
+    assert "| 0.01 | 81.00 ± 1.41 | - |" in lines
+    assert "| 0.1 | - | 10.00 ± 0.00 |" in lines
+    assert "- smaller: lenet5 on digits, 10% of the groups, 4 epochs, the mask" in "\n".join(lines)
+    assert "over 2 seeds" in "\n".join(lines)
+    assert "one seed" in grid_report(replace(suite, seeds=(0,)), records, "command")

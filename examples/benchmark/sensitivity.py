@@ -11,13 +11,21 @@ from examples.benchmark.methods import METHODS
 from examples.benchmark.plots import save
 from examples.benchmark.records import Record
 from examples.benchmark.settings import Suite
-from examples.benchmark.tables import origin, runs_of, spread, table
+from examples.benchmark.tables import described, origin, runs_of, spread, table
 
 
 def grid_report(suite: Suite, records: list[Record], command: str) -> str:
     """For every method its values times the tasks, as Markdown."""
     assert suite.values is not None
-    lines = [*origin(suite, records, command), "", "Test accuracy, mean over the seeds."]
+    seeds = len(suite.seeds)
+    over = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
+    lines = [*origin(suite, records, command), ""]
+    lines += [f"- {task.name}: {described(task)}." for task in suite.tasks]
+    lines += [
+        "",
+        f"Where the length is varied, the mask is fixed at its end. Test accuracy, {over}.",
+    ]
+    lines += ["", f"![Test accuracy over values and budgets]({suite.name}.svg)"]
     for method in suite.methods:
         cells = grid(suite, records, method)
         rows = [
@@ -55,14 +63,15 @@ def heat_maps(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         cells = grid(suite, records, method)
         means = [[statistics.mean(x) if x else float("nan") for x in row] for row in cells]
         image = axes.imshow(means, aspect="auto", vmin=min(everything), vmax=max(everything))
-        axes.set_xticks(range(len(suite.tasks)), [task.budget() for task in suite.tasks])
+        axes.set_xticks(range(len(suite.tasks)), [task.name for task in suite.tasks], fontsize=8)
         values = suite.values[method]
         axes.set_yticks(range(len(values)), [f"{value:g}" for value in values])
-        axes.set_xlabel("groups that stay")
         axes.set_ylabel(METHODS[method].tuned)
         axes.set_title(method, fontsize=9)
         for row, line in enumerate(means):
             for column, mean in enumerate(line):
-                axes.text(column, row, f"{mean:.1f}", ha="center", va="center", fontsize=8)
+                colour = "white" if image.norm(mean) < 0.5 else "black"
+                where = {"ha": "center", "va": "center", "fontsize": 8}
+                axes.text(column, row, f"{mean:.1f}", color=colour, **where)
     figure.colorbar(image, ax=plots, label="test accuracy, %")
     return save(figure, folder / suite.name)

@@ -56,7 +56,7 @@ def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task:
     reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
     done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds)]
     ranked = sorted(done, key=lambda method: -_mean(found[method], "test_accuracy"))
-    lines = [f"{_described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
+    lines = [f"{described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
     if ranked:
         lines += table(
             [
@@ -143,7 +143,8 @@ def table(header: list[str], rows: list[list[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
 
 
-def _described(task: Task) -> str:
+def described(task: Task) -> str:
+    """In a sentence, without its end."""
     made = ", ".join(f"{name} {value}" for name, value in task.arguments.items())
     network = f"{task.network} ({made})" if made else task.network
     share = task.share_of_epoch
