@@ -51,7 +51,7 @@ browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the 
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)
 
-bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, at most eight hours. Restartable.
+bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, about nine hours. Restartable.
 	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark \
 		--suite cpu --data-dir $(SETS)
 	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark latencies \
