@@ -21,6 +21,7 @@ test: lint check  ## Everything that must pass.
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
 	$(BIN)/mypy
 
 check: .venv/installed
@@ -32,21 +33,21 @@ bench: .venv/installed  ## Ratios to floors measured in the same run: tests/benc
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m pytest tests/benchmarks $(BENCH) -o addopts= \
 		-o python_files='bench_*.py' -p benchmark --benchmark-json=.benchmarks/raw.json \
 		--benchmark-columns=median,iqr,rounds; status=$$?; \
-		$(BIN)/python tests/benchmarks/table.py .benchmarks/raw.json \
+		$(BIN)/python -m tests.benchmarks.table .benchmarks/raw.json \
 		$(if $(BENCH),.benchmarks,tests/benchmarks/results) && exit $$status
 
 crash: .venv/installed  ## Twenty trainings killed at random moments, and resumed.
-	CRASHES=20 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/test_crash.py --no-cov
+	CRASHES=20 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/training/test_crash.py --no-cov
 
 fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
-	FUZZ=500 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/test_fuzz.py --no-cov \
+	FUZZ=500 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/training/test_fuzz.py --no-cov \
 		--show-capture=no --tb=short
 
 browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the README.
 	command -v chromedriver > /dev/null || \
 		apt-get install -y --no-install-recommends chromium chromium-driver
 	mkdir -p examples/results/dashboard
-	PICTURES=examples/results/dashboard $(BIN)/python -m pytest tests/test_browser.py --no-cov
+	PICTURES=examples/results/dashboard $(BIN)/python -m pytest tests/lightning/test_browser.py --no-cov
 
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)

@@ -28,10 +28,10 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from examples.baselines import GradualMagnitude
-from examples.batches import Batches
-from examples.data import CIFAR10, FashionMNIST, InMemory
-from examples.networks import Classifier, FiveLayerBatchNorm, LeNet5
+from examples.benchmark.baselines.classical import GradualMagnitude
+from examples.data.batches import Batches
+from examples.data.modules import CIFAR10, FashionMNIST, InMemory
+from examples.models.lenet import Classifier, FiveLayerBatchNorm, LeNet5
 from examples.training import quiet_trainer
 from lightning_wgsef import Homotopy, WGSEFCallback, group_parameters, prox_multipliers
 

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from examples.comparison import accuracy
-from examples.data import Digits
-from examples.networks import Classifier, SmallConvNet
+from examples.data.modules import Digits
+from examples.models.lenet import Classifier, SmallConvNet
 from examples.training import quiet_trainer
 from lightning_wgsef import WGSEFCallback
-from lightning_wgsef.slim_files import load_slim
+from lightning_wgsef.slimming.files import load_slim
 
 GROUPING: dict[str, Any] = {"k": 0.25, "grouping": "structure"}
 EXAMPLE = torch.zeros(2, 1, 8, 8)

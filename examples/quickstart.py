@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import argparse
 
-from examples.data import Digits
-from examples.networks import SmallConvNet
+from examples.data.modules import Digits
+from examples.models.lenet import SmallConvNet
 from examples.training import compare
 from lightning_wgsef import WGSEFCallback
 

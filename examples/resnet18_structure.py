@@ -19,9 +19,9 @@ import pytorch_lightning as pl
 import torch
 
 from examples.comparison import RESULTS, accuracy
-from examples.data import FashionMNIST
-from examples.networks import Classifier
-from examples.residual_networks import ResNet18
+from examples.data.modules import FashionMNIST
+from examples.models.lenet import Classifier
+from examples.models.resnet import ResNet18
 from examples.training import quiet_trainer
 from lightning_wgsef import WGSEFCallback, group_parameters
 

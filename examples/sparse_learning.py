@@ -28,10 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import max_pool2d, relu
 
-from examples.baselines import AdaHSPG, hspg, prox_sgd
+from examples.benchmark.baselines.classical import AdaHSPG, hspg, prox_sgd
 from examples.comparison import RESULTS, accuracy
-from examples.data import FashionMNIST
-from examples.networks import Classifier, LeNet5
+from examples.data.modules import FashionMNIST
+from examples.models.lenet import Classifier, LeNet5
 from examples.training import quiet_trainer
 from lightning_wgsef import group_parameters
 

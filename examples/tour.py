@@ -15,8 +15,8 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
-from examples.data import Digits
-from examples.networks import Classifier, SmallConvNet
+from examples.data.modules import Digits
+from examples.models.lenet import Classifier, SmallConvNet
 from lightning_wgsef import (
     WGSEFCallback,
     export_program,

@@ -11,8 +11,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 
-from examples.data import InMemory
-from examples.networks import Classifier
+from examples.data.modules import InMemory
+from examples.models.lenet import Classifier
 from lightning_wgsef import WGSEFCallback, sparsity_report
 
 LOGS = Path("lightning_logs")

@@ -14,12 +14,12 @@ from pathlib import Path
 
 from examples.benchmark.latencies import measure_all, read_latencies
 from examples.benchmark.methods import METHODS
-from examples.benchmark.networks import DATA, NETWORKS
 from examples.benchmark.plots import draw
+from examples.benchmark.registry import DATA, NETWORKS
+from examples.benchmark.report import read_records, report
+from examples.benchmark.scheduler import Folders, run_suite
 from examples.benchmark.sensitivity import grid_report, heat_maps
-from examples.benchmark.settings import known_suites, read_suite
-from examples.benchmark.tables import read_records, report
-from examples.benchmark.workers import Folders, run_suite
+from examples.benchmark.suite import known_suites, read_suite
 
 RESULTS = Path(__file__).parent.parent / "results"
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.benchmark.networks import NETWORKS
 from examples.benchmark.records import read_record
+from examples.benchmark.registry import NETWORKS
 from lightning_wgsef import measure_latency
-from lightning_wgsef.whole_files import whole_file
+from lightning_wgsef.utils.files import whole_file
 
 BATCHES = (1, 64)
 REPEATS = 100

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from examples.baselines import AdaHSPG, GradualMagnitude
-from examples.benchmark.rivals import (
+from examples.benchmark.baselines.classical import AdaHSPG, GradualMagnitude
+from examples.benchmark.baselines.rivals import (
     TorchPruning,
     magnitude_once,
     pat_lasso,
     pat_min_sparsity,
     smaller_network,
 )
-from examples.benchmark.situation import Pruning, Situation
+from examples.benchmark.method_api import Pruning, Situation
 from lightning_wgsef import GroupLasso, HalfSpace, Homotopy, WGSEFCallback
 
 FREEZE = 0.5
@@ -125,7 +125,7 @@ def _lasso(situation: Situation, value: float, half_space: HalfSpace | None) -> 
 
 
 def _hesso(situation: Situation, value: float) -> Pruning:
-    from examples.benchmark.oto import hesso  # in an environment of its own
+    from examples.benchmark.baselines.hesso import hesso
 
     return hesso(situation, value, FREEZE)
 

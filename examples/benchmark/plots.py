@@ -16,8 +16,8 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record
-from examples.benchmark.settings import Suite, Task
-from examples.benchmark.tables import runs_of
+from examples.benchmark.report import runs_of
+from examples.benchmark.suite import Suite, Task
 
 SHOWN = (
     "dense",

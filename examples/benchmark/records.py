@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_wgsef.whole_files import whole_file
+from lightning_wgsef.utils.files import whole_file
 
 Record = dict[str, Any]
 

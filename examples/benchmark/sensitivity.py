@@ -10,8 +10,8 @@ from matplotlib import pyplot
 from examples.benchmark.methods import METHODS
 from examples.benchmark.plots import save
 from examples.benchmark.records import Record
-from examples.benchmark.settings import Suite
-from examples.benchmark.tables import described, origin, runs_of, spread, table
+from examples.benchmark.report import described, origin, runs_of, spread, table
+from examples.benchmark.suite import Suite
 
 
 def grid_report(suite: Suite, records: list[Record], command: str) -> str:

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Mapping
 from dataclasses import replace
-from numbers import Integral
-from statistics import median
-from time import perf_counter
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mha
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.example_runs import run_example
-from lightning_wgsef.groupings.layers import weighted_layers
-from lightning_wgsef.groups import Groups
+from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.flops import layer_flops
+from lightning_wgsef.network.latency import layer_latencies
 
 Costs = Literal["flops", "latency", "params"] | Tensor | Mapping[str, Tensor] | None
+
 _NAMES = ("flops", "latency", "params")
+
 _KNOWN = ", ".join(map(repr, _NAMES))
-_WARM_UP = 2
 
 
 def group_costs(
@@ -44,7 +38,7 @@ def group_costs(
     Raises:
         ValueError: an unknown name, no or an unfit example_input, a group that costs nothing.
 
-    >>> from lightning_wgsef.groupings.parameters import group_parameters
+    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     >>> group_costs(network, group_parameters(network), "flops", torch.ones(1, 4))
     ({'1': tensor([4., 4., 4.], dtype=torch.float64)}, 24.0)
@@ -75,74 +69,6 @@ def group_costs(
                 f"{reason}; exclude the layer or give costs as tensors"
             )
     return found, max(0.0, float(whole - sum(measured[name] for name in found)))
-
-
-def layer_flops(model: nn.Module, example_input: Any) -> tuple[dict[str, int], int]:
-    """FLOPs of every weighted layer that one forward pass calls, and of the whole pass.
-
-    They are torch's own count, two a multiply-add, over all calls of a layer. The whole includes
-    operations outside of layers, as in attention. Raises `ValueError` if the forward pass fails.
-
-    >>> shared = nn.Linear(4, 4)
-    >>> layer_flops(nn.Sequential(nn.Linear(3, 4), shared, shared), torch.ones(1, 3))
-    ({'0': 24, '1': 64}, 88)
-    """
-    counter = FlopCounterMode(display=False)
-    flops: dict[str, int] = {}
-
-    def before(name: str) -> None:
-        flops[name] = flops.get(name, 0) - counter.get_total_flops()
-
-    def after(name: str) -> None:
-        flops[name] += counter.get_total_flops()
-
-    # torch counts the fused attention of GPUs, but not that of CPUs.
-    attention = nullcontext() if _gpu(model) else sdpa_kernel(SDPBackend.MATH)
-    with _watched(model, before, after), attention, counter:
-        run_example(model, example_input)
-    return flops, counter.get_total_flops()
-
-
-def layer_latencies(
-    model: nn.Module, example_input: Any, repeats: int = 10
-) -> tuple[dict[str, float], float]:
-    """Seconds of every weighted layer that a forward pass calls, and of the whole pass.
-
-    Medians over ``repeats`` passes, after two to warm up, on a CPU or one CUDA device; the calls of
-    a layer are added up. A compiled model runs as it is written. Raises `ValueError` if the pass
-    fails or ``repeats`` is no count.
-
-    >>> seconds, whole = layer_latencies(nn.Sequential(nn.Linear(3, 4)), torch.ones(1, 3))
-    >>> 0 < seconds["0"] < whole
-    True
-    """
-    if not isinstance(repeats, Integral) or isinstance(repeats, bool) or repeats < 1:
-        raise ValueError(f"repeats must be a number of forward passes (int >= 1), got {repeats!r}")
-    gpu = _gpu(model)
-    marks: dict[str | None, list[Any]] = {}  # begin, end, begin, end ..; None: the whole pass
-    seconds: dict[str | None, list[float]] = {}
-
-    def mark(name: str | None) -> None:
-        now: Any = perf_counter()
-        if gpu:
-            now = torch.cuda.Event(enable_timing=True)
-            now.record()
-        marks.setdefault(name, []).append(now)
-
-    with _watched(model, mark, mark), torch.cuda.device(gpu) if gpu else nullcontext():
-        for run in range(_WARM_UP + repeats):
-            marks.clear()
-            mark(None)
-            run_example(model, example_input)
-            mark(None)
-            if gpu:
-                torch.cuda.synchronize()
-            for name, (*times,) in marks.items() if run >= _WARM_UP else ():
-                pairs = zip(times[::2], times[1::2], strict=True)
-                spent = sum(a.elapsed_time(b) / 1000 if gpu else b - a for a, b in pairs)
-                seconds.setdefault(name, []).append(spent)
-    whole = median(seconds.pop(None))
-    return {name: median(times) for name, times in seconds.items() if name is not None}, whole
 
 
 def check_costs(costs: Costs) -> None:
@@ -181,29 +107,3 @@ def _check_vector(name: str, values: object) -> None:
 def _shares(layer: GroupedLayer) -> Tensor:
     sizes = replace(layer, members=(layer.largest_member,)).sizes()
     return sizes / sizes.sum()
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, before: Callable[[str], None], after: Callable[[str], None]
-) -> Iterator[None]:
-    """Evaluation mode without gradients, in which every call of a weighted layer is announced."""
-    with ExitStack() as undo, torch.no_grad():
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        model.eval()
-        # The fast path of torch's attention passes by the layers inside and the counter.
-        undo.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-        mha.set_fastpath_enabled(False)
-        if hasattr(torch.compiler, "set_stance"):  # compiled code ignores hooks set after it
-            undo.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer in weighted_layers(model):
-            hook = layer.module.register_forward_pre_hook(lambda *_, n=layer.name: before(n))
-            undo.callback(hook.remove)
-            hook = layer.module.register_forward_hook(lambda *_, n=layer.name: after(n))
-            undo.callback(hook.remove)
-        yield
-
-
-def _gpu(model: nn.Module) -> torch.device | None:
-    return next((p.device for p in model.parameters() if p.is_cuda), None)

@@ -8,21 +8,20 @@ from itertools import pairwise
 
 from torch import nn
 
-from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.attention import (
-    DenseLayer,
-    attention_blocks,
-    dense_layers,
-    unwrapped,
-)
-from lightning_wgsef.groupings.layers import canonical_name, is_lazy
-from lightning_wgsef.groups import Groups
-from lightning_wgsef.members import Member
+from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.members import Member, input_member, output_members
+from lightning_wgsef.network.attention import DenseLayer, attention_blocks, dense_layers, unwrapped
+from lightning_wgsef.network.layers import canonical_name, is_lazy
 
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
+
 _BatchNorm = nn.modules.batchnorm._BatchNorm
+
 _IN_ORDER = (nn.Sequential, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+
 _ACROSS_UNITS = (nn.Softmax, nn.LogSoftmax, nn.Softmin, nn.Softmax2d, nn.GLU)
+
 _PER_UNIT = tuple(f"torch.nn.modules.{file}" for file in ("activation", "dropout", "container"))
 
 Layers = dict[nn.Module, DenseLayer]
@@ -208,7 +207,7 @@ def _acts_per_unit(module: nn.Module, width: int) -> bool:
 
 def _units(block: _Block) -> GroupedLayer:
     width, obstacle = block.down.inputs, ""
-    members = [member for layer in block.ups for member in layer.output_members()]
+    members = [member for layer in block.ups for member in output_members(layer)]
     for step in block.between:
         if _is_norm(step.module) and not isinstance(step.module, _BatchNorm):
             kind = type(step.module).__name__
@@ -217,7 +216,7 @@ def _units(block: _Block) -> GroupedLayer:
         for name, parameter in step.module.named_parameters():
             if parameter.numel() == width:  # the scale and shift of BatchNorm, the slopes of PReLU
                 members.append(Member(f"{step.name}.{name}", parameter, (0,)))
-    members.append(block.down.input_member())
+    members.append(input_member(block.down))
     return GroupedLayer(
         block.ups[0].name,
         "hidden",

@@ -8,21 +8,24 @@ from typing import Any
 
 from torch import nn
 
-from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.branches import branch_groups
-from lightning_wgsef.groupings.channels import channel_groups
-from lightning_wgsef.groupings.elements import element_groups
-from lightning_wgsef.groupings.filter_shapes import filter_shape_groups
-from lightning_wgsef.groupings.filters import filter_groups
-from lightning_wgsef.groupings.heads import head_groups
+from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
-from lightning_wgsef.groupings.n_of_m import n_of_m_groups
 from lightning_wgsef.groupings.patterns import matches
+from lightning_wgsef.groupings.per_layer import (
+    channel_groups,
+    element_groups,
+    filter_groups,
+    filter_shape_groups,
+    n_of_m_groups,
+    tile_groups,
+)
+from lightning_wgsef.groupings.residual_block import branch_groups
 from lightning_wgsef.groupings.structure import structure_groups
-from lightning_wgsef.groupings.tiles import tile_groups
-from lightning_wgsef.groups import Groups
+from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.groups import Groups
 
 Maker = Callable[[nn.Module], Groups]
+
 # A command line tries these in turn: a function first would take a mapping for its arguments.
 Grouping = Mapping[str, str | Maker] | str | Maker
 
@@ -34,18 +37,21 @@ GROUPINGS: dict[str, Maker] = {
     "head": head_groups,
     "hidden": hidden_groups,
 }
+
 TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
     "layer": branch_groups,
     "structure": structure_groups,
 }
 """Those that need an example input."""
+
 MISSING = {
     "head": "it has no nn.MultiheadAttention, and no attention with known names of layers: say "
-    "them with lightning_wgsef.groupings.attention.register_projections",
+    "them with lightning_wgsef.groupings.register_projections",
     "hidden": "it has no module with two dense layers of which the second reads what the first "
     "makes",
 }
 """What a model lacks in which a grouping finds nothing, not even something to leave out."""
+
 _SIZES = {
     r"block:([1-9]\d*)x([1-9]\d*)": tile_groups,
     r"([1-9]\d*):([1-9]\d*)": n_of_m_groups,

@@ -7,14 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.grouped_layer import GroupedLayer
-from lightning_wgsef.groupings.channel_sets import ChannelSet, channel_sets
-from lightning_wgsef.groupings.channel_slices import normalises_width, produced, slices
-from lightning_wgsef.groupings.graph import Graph, Tied, build_graph
-from lightning_wgsef.groupings.layers import canonical_name, other_layers, weighted_layers
-from lightning_wgsef.groupings.operations import OPTYPE
-from lightning_wgsef.groups import Groups
-from lightning_wgsef.members import Member
+from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.members import Member
+from lightning_wgsef.network.channels import (
+    ChannelSet,
+    channel_sets,
+    normalises_width,
+    produced,
+    slices,
+)
+from lightning_wgsef.network.dependency_graph import Graph, Tied, build_graph
+from lightning_wgsef.network.layers import canonical_name, other_layers, weighted_layers
+from lightning_wgsef.network.operations import OPTYPE
 
 
 def structure_groups(model: nn.Module, example_input: Any) -> Groups:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from examples.residual_networks import ResNet18
+from examples.models.resnet import ResNet18
 from lightning_wgsef import GroupedLayer, Groups, Member
 
 CLASSES = 10

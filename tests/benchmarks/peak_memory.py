@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from bench_3_elements import elements, vector
-from steps import HOMOTOPY, VARIANTS, groups_step
 
 from lightning_wgsef import prox_multipliers
+from tests.benchmarks.bench_elements import elements, vector
+from tests.benchmarks.steps import HOMOTOPY, VARIANTS, groups_step
 
 
 def status(field: str) -> int:

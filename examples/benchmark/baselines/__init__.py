@@ -1,0 +1,1 @@
+"""Other methods, as the benchmark runs them."""

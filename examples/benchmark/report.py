@@ -1,0 +1,164 @@
+"""Tables of a suite, made from the records alone."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from examples.benchmark.latencies import BATCHES, Latencies
+from examples.benchmark.methods import METHODS
+from examples.benchmark.records import Record, read_record
+from examples.benchmark.suite import WITHOUT_BUDGET, Suite, Task
+
+REFERENCE = "homotopy, structure, layer"
+"""What all others are compared with, seed by seed."""
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records that can be read."""
+    return [record for path in sorted(folder.glob("*.json")) if (record := read_record(path))]
+
+
+def runs_of(records: Iterable[Record], task: Task, method: str) -> list[Record]:
+    """The runs that count of a method on a task, by seed."""
+    found = [
+        record
+        for record in records
+        if not record["trial"] and record["method"] == method and _same_task(record, task)
+    ]
+    return sorted(found, key=lambda record: (record["value"], record["seed"]))
+
+
+def report(suite: Suite, records: list[Record], latencies: Latencies, command: str) -> str:
+    """Everything about a suite, as Markdown."""
+    lines = origin(suite, records, command)
+    for task in suite.tasks:
+        lines += ["", f"## {task.name}", "", *_task_lines(suite, records, latencies, task)]
+    return "\n".join(lines) + "\n"
+
+
+def origin(suite: Suite, records: list[Record], command: str) -> list[str]:
+    """Where the numbers come from."""
+    lines = [f"# {suite.name}", "", f"`{command}`"]
+    if hardware := sorted({record["hardware"] for record in records}):
+        dates = sorted(record["date"] for record in records)
+        used = {name: x for record in records for name, x in record["versions"].items()}
+        versions = ", ".join(f"{name} {x}" for name, x in used.items())
+        lines += ["", f"{'; '.join(hardware)}; {dates[0]} to {dates[-1]}; {versions}."]
+    return lines
+
+
+def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task: Task) -> list[str]:
+    found = {method: runs_of(records, task, method) for method in task.methods(suite)}
+    reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
+    done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds)]
+    ranked = sorted(done, key=lambda method: -_mean(found[method], "test_accuracy"))
+    lines = [f"{described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
+    if ranked:
+        lines += table(
+            [
+                "method",
+                "tuned",
+                "test accuracy",
+                f"less {REFERENCE}",
+                "validation before → after the freeze",
+                "groups alive of budget",
+            ],
+            [_accuracy_row(method, found[method], reference) for method in ranked],
+        )
+        lines += ["", *_cost_lines(ranked, found, latencies)]
+    missing = [method for method in found if method not in done]
+    if missing:
+        lines += ["", f"Not run (all seeds): {'; '.join(missing)}."]
+    lines += [f"\nLeft out: {method}: {reason}." for method, reason in task.skip.items()]
+    return lines
+
+
+def _cost_lines(
+    ranked: Sequence[str], found: dict[str, list[Record]], latencies: Latencies
+) -> list[str]:
+    header = [
+        "method",
+        "parameters left",
+        "FLOPs left",
+        "slim less masked accuracy",
+        f"latency slim / dense, batch {', '.join(map(str, BATCHES))}",
+        "training step / plain",
+        "peak memory, MiB",
+    ]
+    return table(header, [_cost_row(method, found[method], latencies) for method in ranked])
+
+
+def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record]) -> list[str]:
+    value = f"{METHODS[method].tuned} {runs[0]['value']:g}"
+    differences = [
+        run["test_accuracy"] - reference[run["seed"]]["test_accuracy"]
+        for run in runs
+        if run["seed"] in reference
+    ]
+    paired = "-" if not differences or method == REFERENCE else spread(differences, sign="+")
+    freeze = f"{_mean(runs, 'before_freeze'):.1f} → {_mean(runs, 'after_freeze'):.1f}"
+    alive = [sum(count for count, _ in run["alive"][-1].values()) for run in runs]
+    mean = round(statistics.mean(alive), 1)
+    budget = "-" if method == "dense" else f"{mean:g} of {runs[0]['budget']:g}"
+    accuracy = spread([run["test_accuracy"] for run in runs])
+    bold = f"**{method}**" if METHODS[method].ours else method
+    return [bold, value, accuracy, paired, freeze, budget]
+
+
+def _cost_row(method: str, runs: list[Record], latencies: Latencies) -> list[str]:
+    parameters = statistics.mean(run["parameters"][1] / run["parameters"][0] for run in runs)
+    flops = statistics.mean(run["flops"][1] / run["flops"][0] for run in runs)
+    slim = statistics.mean(run["slim_test_accuracy"] - run["test_accuracy"] for run in runs)
+    measured = [latencies[run["name"]] for run in runs if run["name"] in latencies]
+    medians = [
+        statistics.median(ratio for ratio, _, _ in batch) for batch in zip(*measured, strict=True)
+    ]
+    latency = ", ".join(f"{median:.2f}" for median in medians) or "not measured"
+    step = statistics.median(ratio for run in runs for ratio in run["step_ratios"])
+    memory = statistics.mean(run["peak_bytes"] for run in runs) / 2**20
+    shares = [f"{parameters:.1%}", f"{flops:.1%}", f"{slim:+.2f}"]
+    return [method, *shares, latency, f"{step:.2f}", f"{memory:.0f}"]
+
+
+def spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation.
+
+    >>> spread([1.0, 2.0, 3.0]), spread([0.5], sign="+")
+    ('2.00 ± 1.00', '+0.50')
+    """
+    mean = f"{statistics.mean(values):{sign}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def _mean(runs: Sequence[Record], key: str) -> float:
+    return statistics.mean(run[key] for run in runs)
+
+
+def table(header: list[str], rows: list[list[str]]) -> list[str]:
+    """Lines of a Markdown table."""
+    return [f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows]]
+
+
+def described(task: Task) -> str:
+    """In a sentence, without its end."""
+    made = ", ".join(f"{name} {value}" for name, value in task.arguments.items())
+    network = f"{task.network} ({made})" if made else task.network
+    share = task.share_of_epoch
+    images = "" if share == 1 else f" of {share:.0%} of the training images"
+    return (
+        f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs{images}, the mask "
+        f"fixed after half of them, {task.optimizer} from {task.lr:g}"
+    )
+
+
+def _same_task(record: Record, task: Task) -> bool:
+    """Whether it was run like this; what concerns the budget is nothing to the dense network."""
+    free = {"skip"}
+    if record["method"] in WITHOUT_BUDGET:
+        free |= {"name", "k", "structure", "exclude"}
+    own: dict[str, Any] = record["task"]
+    return all(own[key] == value for key, value in asdict(task).items() if key not in free)

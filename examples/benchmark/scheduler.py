@@ -1,0 +1,186 @@
+"""Runs of a suite in processes of their own, several at a time."""
+
+from __future__ import annotations
+
+import errno
+import math
+import multiprocessing
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+from tqdm import tqdm
+
+from examples.benchmark.methods import METHODS
+from examples.benchmark.records import Record, read_record, write_record
+from examples.benchmark.suite import Run, Suite, Task
+
+NO_SPACE = 28
+"""Exit status of a run that found the disk full."""
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where everything is.
+
+    Attributes:
+        data: the data sets.
+        records: of finished runs.
+        work: checkpoints of runs that are under way, and why others failed.
+    """
+
+    data: Path
+    records: Path
+    work: Path
+    _known: dict[str, Record] = field(default_factory=dict)
+
+    def record(self, run: Run) -> Record | None:
+        """Of a run, if it is finished; it is read once."""
+        if run.name not in self._known:
+            if (record := read_record(self.records / f"{run.name}.json")) is None:
+                return None
+            self._known[run.name] = record
+        return self._known[run.name]
+
+
+def trials(suite: Suite, task: Task, method: str) -> list[Run]:
+    """The runs that tune a method: one for each of its values."""
+    if suite.values is not None:
+        return []
+    epochs = max(2, 2 * math.ceil(task.epochs * suite.trial_share / 2))
+    shorter = replace(task, epochs=epochs)
+    values = METHODS[method].values
+    return [Run(shorter, method, value, suite.trial_seed, trial=True) for value in values]
+
+
+def best_value(suite: Suite, task: Task, method: str, folders: Folders) -> float | None:
+    """The value of the trial with the best validation accuracy; None while one is missing."""
+    runs = trials(suite, task, method)
+    found = {run.value: record for run in runs if (record := folders.record(run)) is not None}
+    if len(found) < len(runs):
+        return None
+    return max(found, key=lambda value: found[value]["validation_accuracy"])
+
+
+def finals(suite: Suite, task: Task, method: str, folders: Folders) -> list[Run]:
+    """The runs that count; empty while the method is not tuned."""
+    if suite.values is not None:
+        pairs = [(value, seed) for value in suite.values[method] for seed in suite.seeds]
+        return [Run(task, method, value, seed, trial=False) for value, seed in pairs]
+    value = best_value(suite, task, method, folders)
+    if value is None:
+        return []
+    return [Run(task, method, value, seed, trial=False) for seed in suite.seeds]
+
+
+def waiting(suite: Suite, folders: Folders) -> Iterator[Run]:
+    """Runs without a record whose turn it is."""
+    for task in suite.tasks:
+        for method in task.methods(suite):
+            runs = trials(suite, task, method) + finals(suite, task, method, folders)
+            for run in runs:
+                if folders.record(run) is None:
+                    yield run
+
+
+def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: float) -> bool:
+    """Run what has no record yet; is everything finished?
+
+    Args:
+        suite: what to run.
+        folders: where everything is.
+        device: "cpu" or "cuda".
+        workers: how many runs at a time.
+        until: no run is started after this moment, in seconds since the epoch.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["examples.benchmark.protocol"])
+    active: dict[str, tuple[Run, BaseProcess]] = {}
+    failed: set[str] = set()
+    with tqdm(total=_epochs(suite), unit="epoch", desc=suite.name, mininterval=5) as bar:
+        bar.update(_finished_epochs(suite, folders))
+        bar.unpause()
+        while True:
+            free = len(active) < workers and time.time() <= until
+            for run in waiting(suite, folders) if free else ():
+                if len(active) == workers:
+                    break
+                if run.name not in active and run.name not in failed:
+                    process = context.Process(
+                        target=_work, args=(run, folders, device), name=run.name
+                    )
+                    process.start()
+                    active[run.name] = (run, process)
+            if not active:
+                break
+            time.sleep(0.2)
+            for name, (run, process) in list(active.items()):
+                if process.is_alive():
+                    continue
+                del active[name]
+                if process.exitcode == NO_SPACE:
+                    raise OSError(errno.ENOSPC, "no space left; finished runs are intact")
+                if folders.record(run) is None:
+                    failed.add(name)
+                    tqdm.write(f"{name} failed: {_reason(process.exitcode, folders.work, name)}")
+                else:
+                    bar.update(run.task.epochs)
+                    tqdm.write(_line(run, folders.record(run)))
+    return not failed and next(waiting(suite, folders), None) is None
+
+
+def _work(run: Run, folders: Folders, device: str) -> None:
+    """One run in a process of its own."""
+    import torch
+
+    from examples.benchmark.run import execute
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    reason = folders.work / f"{run.name}.failed"
+    reason.unlink(missing_ok=True)
+    try:
+        record = execute(run, folders.data, folders.work / run.name, device)
+        write_record(folders.records / f"{run.name}.json", record)
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            sys.exit(NO_SPACE)
+        reason.write_text(traceback.format_exc(), encoding="utf-8")
+        sys.exit(1)
+
+
+def _reason(status: int | None, work: Path, name: str) -> str:
+    """The last line of what the run said, and where all of it is."""
+    path = work / f"{name}.failed"
+    if not path.exists():
+        return f"its process ended with status {status}; run the suite again to go on with it"
+    return f"{path.read_text(encoding='utf-8').rstrip().splitlines()[-1]} (all of it: {path})"
+
+
+def _epochs(suite: Suite) -> int:
+    total = 0
+    for task in suite.tasks:
+        for method in task.methods(suite):
+            total += sum(run.task.epochs for run in trials(suite, task, method))
+            times = 1 if suite.values is None else len(suite.values[method])
+            total += task.epochs * len(suite.seeds) * times
+    return total
+
+
+def _finished_epochs(suite: Suite, folders: Folders) -> int:
+    total = 0
+    for task in suite.tasks:
+        for method in task.methods(suite):
+            runs = trials(suite, task, method) + finals(suite, task, method, folders)
+            total += sum(run.task.epochs for run in runs if folders.record(run) is not None)
+    return total
+
+
+def _line(run: Run, record: Record | None) -> str:
+    assert record is not None
+    kind = "validation" if run.trial else "test"
+    return f"{run.name}: {kind} {record[f'{kind}_accuracy']:.2f} in {record['seconds']} s"

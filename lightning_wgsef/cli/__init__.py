@@ -1,0 +1,3 @@
+"""The command line ``lightning-wgsef``."""
+
+from lightning_wgsef.cli.commands import main as main

@@ -1,0 +1,1 @@
+"""Other forms of a finished network: ONNX, torch.export, sparse storage."""

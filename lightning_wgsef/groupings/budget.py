@@ -1,0 +1,145 @@
+"""What k means: counts or shares of groups or of costs, of every layer or of all together."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wgsef.groupings.costs import Costs, group_costs
+from lightning_wgsef.groupings.patterns import matches
+from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.utils.validation import check_count_or_share
+
+Budget = int | float | Mapping[str, int | float]
+
+SCOPES = ("layer", "global")
+
+
+def check_budget(k: Budget, scope: str = "layer") -> None:
+    """Raise `ValueError` unless k is a count, a share, or a mapping of patterns to either.
+
+    >>> check_budget(1.5)
+    Traceback (most recent call last):
+    ...
+    ValueError: k must be a number of groups (int >= 1) or a share (float in (0, 1]), got 1.5
+    """
+    if scope not in SCOPES:
+        raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
+    if not isinstance(k, Mapping):
+        check_count_or_share("k", k, "groups")
+        return
+    if scope == "global":
+        raise ValueError(f"k must be one number with scope='global', got a mapping: {dict(k)}")
+    if not k:
+        raise ValueError("k is an empty mapping: give at least one pattern and its budget")
+    for pattern, value in k.items():
+        check_count_or_share(f"k[{pattern!r}]", value, "groups")
+
+
+def with_costs(
+    model: nn.Module, layers: Sequence[GroupedLayer], costs: Costs, example_input: Any | None
+) -> tuple[list[GroupedLayer], float]:
+    """The layers with these costs, and what everything else in the model costs.
+
+    Raises:
+        ValueError: see `group_costs`; or a tensor of another length than the groups.
+    """
+    if costs is None:
+        return list(layers), 0.0
+    rest, counts = 0.0, {layer.name: layer.count for layer in layers}
+    if isinstance(costs, str):
+        found, rest = group_costs(model, Groups(layers), costs, example_input)
+    elif isinstance(costs, Tensor):
+        if len(costs) != sum(counts.values()):
+            raise ValueError(
+                f"costs must have one entry for each of the {sum(counts.values())} groups "
+                f"({counts}), got shape {tuple(costs.shape)}"
+            )
+        found = dict(zip(counts, costs.split_with_sizes(list(counts.values())), strict=True))
+    else:
+        found = dict(costs)
+        shapes = {name: tuple(values.shape) for name, values in found.items()}
+        if shapes != {name: (count,) for name, count in counts.items()}:
+            raise ValueError(f"costs must have the groups of every layer, {counts}, got {shapes}")
+    return [replace(layer, costs=found[layer.name]) for layer in layers], rest
+
+
+def layer_budget(layer: GroupedLayer, k: Budget) -> float:
+    """The budget of one layer; it admits at least one group.
+
+    Raises:
+        ValueError: more than the layer has, or less than its dearest group costs.
+    """
+    if layer.contest:
+        return layer.budget  # the grouping's name says it
+    if isinstance(k, Mapping):
+        k = next(value for pattern, value in k.items() if matches(pattern, layer.name))
+    if layer.costs is not None:
+        return _layer_budget_in_costs(layer, k, layer.costs.to(torch.float64))
+    if not isinstance(k, Integral):
+        return max(1.0, math.floor(float(k) * layer.count + 0.5))
+    if k > layer.count:
+        raise ValueError(
+            f"k = {k} is more than the {layer.count} groups of layer '{layer.name}' "
+            f"({layer.grouping}); name a share, a mapping of patterns, or exclude the layer"
+        )
+    return float(k)
+
+
+def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -> float:
+    """The budget of all layers together; it admits at least one group of each.
+
+    Args:
+        layers: the layers, with their costs.
+        k: a number, or a share of everything including ``rest``.
+        rest: what everything outside of groups costs.
+
+    Raises:
+        ValueError: more than there is, or too little for a group of every layer.
+    """
+    costs = [torch.ones(x.count) if x.costs is None else x.costs.double() for x in layers]
+    total = sum(float(cost.sum()) for cost in costs)
+    least = sum(float(cost.max()) for cost in costs)
+    if isinstance(k, Integral):
+        budget, asked = float(k), f"k = {k}:"
+    else:
+        budget = float(k) * (total + rest) - rest
+        asked = (
+            f"k = {k} of {total + rest:g}, less {rest:g} outside of groups, leaves {budget:g}; "
+            "take a larger k:"
+        )
+        if layers[0].costs is None:
+            budget = math.floor(budget + 0.5)
+    if not least <= budget <= total:
+        raise ValueError(
+            f"{asked} the budget of all layers must lie between {least:g}, the cost of one group "
+            f"of every layer, and {total:g}, that of all groups"
+        )
+    return budget
+
+
+def _layer_budget_in_costs(layer: GroupedLayer, k: int | float, costs: Tensor) -> float:
+    """A budget in units of cost. It admits the dearest group, which may be the strongest."""
+    total, dearest = float(costs.sum()), float(costs.max())
+    if not isinstance(k, Integral):
+        if k * total < float(costs.min()):
+            raise ValueError(
+                f"k = {k} of {total:g} is less than the cheapest group costs, "
+                f"{float(costs.min()):g}, in layer '{layer.name}' ({layer.grouping}); take a "
+                "larger k, or exclude the layer"
+            )
+        return max(float(k) * total, dearest)
+    if not dearest <= k <= total:
+        raise ValueError(
+            f"k = {k} counts costs, not groups, and must lie between the dearest group's cost, "
+            f"{dearest:g}, and that of all groups, {total:g}, in layer '{layer.name}' "
+            f"({layer.grouping}); or name a share"
+        )
+    return float(k)

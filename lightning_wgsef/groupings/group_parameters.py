@@ -1,0 +1,161 @@
+"""The choice of layers, weights, costs and budgets: `group_parameters`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from lightning_wgsef.groupings.budget import (
+    Budget,
+    check_budget,
+    global_budget,
+    layer_budget,
+    with_costs,
+)
+from lightning_wgsef.groupings.costs import Costs, check_costs
+from lightning_wgsef.groupings.patterns import check_patterns, matches
+from lightning_wgsef.groupings.registry import MISSING, Grouping, find_groups, grouping_name
+from lightning_wgsef.groupings.removability import with_invariance
+from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
+from lightning_wgsef.groups.grouped_layer import Claims, GroupedLayer, on_model
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.sharding import whole_model
+
+
+def group_parameters(
+    model: nn.Module,
+    grouping: Grouping = "channel",
+    k: Budget = 0.5,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    scope: str = "layer",
+    weights: Weights = None,
+    costs: Costs = None,
+    example_input: Any | None = None,
+    overlap: str = "error",
+) -> Groups:
+    """The groups of ``model`` with a budget for every layer; print the result to see them.
+
+    Args:
+        model: any module.
+        grouping: a name, see `find_groups`; a function from a module to `Groups`; or a mapping from
+            patterns of layer names to either, such as ``{"*attn*": "head", "*mlp*": "hidden"}``:
+            the first pattern that matches a layer counts.
+        k: the budget of every layer: a number of groups (int), a share of its groups (float in
+            (0, 1], rounded to the nearest number, at least one), or a mapping from patterns of
+            layer names to either; the first pattern that matches a layer counts, and layers
+            that none matches are left out.
+        include: patterns of layer names; only these are grouped. A layer that is left out by rule
+            (the image's channels, the classifier's outputs, frozen layers) is grouped if
+            ``include`` gives its exact name.
+        exclude: patterns of layer names that are left out.
+        scope: "layer", every layer has its own budget; "global", all layers compete for one, of
+            which each keeps its strongest group.
+        weights: penalty weights, which say what makes a group strong: "uniform", "size",
+            "sqrt_size", "layer_norm" (see `with_weights`), a tensor with an entry for every group,
+            layer after layer, or a mapping from layer names to tensors. None: "uniform", or with
+            ``scope="global"`` "layer_norm", which makes layers comparable.
+        costs: what a group costs, and thereby the unit of k: None, 1; "params", its weights;
+            "flops" and "latency", its share of its layer's, measured on ``example_input``; a tensor
+            with an entry for every group, layer after layer, or a mapping from layer names to
+            tensors. A share k is one of the layer's cost, or with "global" one of the whole
+            model's, including what is not grouped.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them. With
+            it, the claim that zero groups can be taken out is tried, see `zero_invariance`.
+        overlap: what happens to a layer that claims weights of a layer before it: "error", or
+            "first", which leaves it out.
+
+    A pattern is a name with wildcards as in file names; it stands for the modules inside, too.
+
+    Raises:
+        ValueError: an unknown grouping, a budget outside its range, a pattern that matches no
+            layer, a model without a layer to group, groups that share weights, or costs that cannot
+            be measured or do not fit the groups.
+
+    >>> network = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> print(group_parameters(network, "channel", k=0.25))
+    layer  grouping  groups  weights each  budget  removable
+    2       channel       8            36       2        yes
+    left out: 0: first layer: its channels are the network's input
+    """
+    check_budget(k, scope)
+    check_weights(weights)
+    check_costs(costs)
+    check_overlap(overlap)
+    plain = whole_model(model)
+    found = find_groups(plain, grouping, example_input)
+    names = [layer.name for layer in found.layers]
+    for argument, patterns in (
+        ("include", include),
+        ("k", list(k) if isinstance(k, Mapping) else None),
+    ):
+        _refuse_what_cannot_be(argument, patterns, found.left_out)
+    included = check_patterns("include", include, names)
+    excluded = check_patterns("exclude", exclude, names)
+    if isinstance(k, Mapping):
+        check_patterns("k", list(k), names)
+    left_out, layers, claims = dict(found.left_out), [], Claims()
+    for layer in found.layers:
+        reason = _reason_to_leave_out(layer, included, excluded, k)
+        if not reason and overlap == "first":
+            reason = claims.add(layer)
+        if reason:
+            left_out[layer.name] = reason
+        else:
+            layers.append(layer)
+    if not layers:
+        reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+        missing = MISSING.get(grouping_name(grouping), "it has no weights")
+        raise ValueError(
+            f"{type(plain).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
+            f"group{reasons or f': {missing}'}"
+        )
+    if example_input is not None:
+        layers = list(with_invariance(plain, Groups(layers), example_input).layers)
+    layers, rest = with_costs(plain, layers, costs, example_input)
+    layers = with_weights(layers, weights, scope)
+    if plain is not model:
+        layers = on_model(layers, model)
+    if scope == "global":
+        assert not isinstance(k, Mapping)
+        groups = Groups(layers, left_out, global_budget(layers, k, rest))
+    else:
+        groups = Groups([replace(x, budget=layer_budget(x, k)) for x in layers], left_out)
+    groups.check_disjoint()
+    return groups
+
+
+def check_overlap(overlap: str) -> None:
+    """Raise `ValueError` unless ``overlap`` is "error" or "first"."""
+    if overlap not in ("error", "first"):
+        raise ValueError(f"overlap must be 'error' or 'first', got {overlap!r}")
+
+
+def _reason_to_leave_out(
+    layer: GroupedLayer, included: list[str] | None, excluded: list[str] | None, k: Budget
+) -> str:
+    if excluded and any(matches(pattern, layer.name) for pattern in excluded):
+        return "named in exclude"
+    if included is not None and not any(matches(pattern, layer.name) for pattern in included):
+        return "not named in include"
+    if isinstance(k, Mapping) and not any(matches(pattern, layer.name) for pattern in k):
+        return "no pattern of k matches it"
+    if included is None or layer.name not in included:
+        weight = layer.largest_member
+        frozen = "" if weight.parameter.requires_grad else f"frozen: {weight.name} has no gradient"
+        return frozen or layer.reserved
+    return ""
+
+
+def _refuse_what_cannot_be(
+    argument: str, patterns: str | Sequence[str] | None, left_out: Mapping[str, str]
+) -> None:
+    """Raise `ValueError` where somebody names a layer that cannot be grouped."""
+    listed = patterns if isinstance(patterns, Sequence) else ()
+    for name in [patterns] if isinstance(patterns, str) else listed:
+        if isinstance(name, str) and name in left_out:
+            raise ValueError(f"{argument}: layer {name!r} cannot be grouped: {left_out[name]}")

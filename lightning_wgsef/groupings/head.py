@@ -1,0 +1,194 @@
+"""`head`: one head of an attention module."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.members import Member, input_member, output_members
+from lightning_wgsef.network.attention import ROLES, AttentionBlock, attention_blocks
+
+HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "heads")
+
+KEY_VALUE_HEADS = ("num_key_value_heads", "num_kv_heads", "n_kv_heads", "kv_heads")
+
+_HEAD_WIDTHS = ("head_dim", "attention_head_size", "key_value_proj_dim", "dim_head", "head_size")
+
+# Name, axis of the outputs, and roles of the parameters of torch's own module.
+_TORCH_PLACES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
+    ("in_proj_weight", 0, ROLES),
+    ("q_proj_weight", 0, ("query",)),
+    ("k_proj_weight", 0, ("key",)),
+    ("v_proj_weight", 0, ("value",)),
+    ("in_proj_bias", 0, ROLES),
+    ("bias_k", 2, ("key",)),
+    ("bias_v", 2, ("value",)),
+)
+
+
+def head_groups(model: nn.Module) -> Groups:
+    """Group the rows of Q, K and V that make one attention head, and its columns of the output.
+
+    A head that is zero adds nothing to the output; the bias of the output belongs to no head. Where
+    several heads of queries share one of keys and values (grouped-query attention), they are one
+    group with it, so that there are as many groups as heads of keys and values. What all heads
+    share, such as a norm over the width of one head, belongs to no group.
+
+    Found are `nn.MultiheadAttention` and modules whose layers have the names in `PROJECTIONS` (see
+    `register_projections` for others). The number of heads comes from attributes of the module or
+    of its ``config``, and must fit the shapes of the weights; modules where it does not are left
+    out.
+
+    >>> groups = head_groups(nn.TransformerEncoderLayer(8, nhead=2))
+    >>> print(groups)
+    layer      grouping  groups  weights each  budget  removable
+    self_attn      head       2           140       -        yes
+    """
+    layers, left_out = [], {}
+    for block in attention_blocks(model):
+        try:
+            layers.append(_heads(block))
+        except _UnfitError as reason:
+            left_out[block.name] = str(reason)
+    return Groups(layers, left_out)
+
+
+class _UnfitError(Exception):
+    """The reason why the heads of a module cannot be grouped."""
+
+
+def _heads(block: AttentionBlock) -> GroupedLayer:
+    if block.problem:
+        raise _UnfitError(block.problem)
+    members = []
+    if isinstance(block.module, nn.MultiheadAttention):
+        heads = count = block.module.num_heads
+        widths = dict.fromkeys(ROLES, heads * block.module.head_dim)
+        for name, axis, roles in _TORCH_PLACES:
+            parameter = getattr(block.module, name)
+            if parameter is not None:
+                path = f"{block.name}.{name}".lstrip(".")
+                index = _owners(roles, widths, count, parameter)
+                members.append(Member(path, parameter, (axis,), index))
+    else:
+        widths = _widths(block)
+        heads, count = _counts(block, widths)
+        for layer in dict.fromkeys(block.layers[role] for role in ROLES):
+            roles = tuple(role for role in ROLES if block.layers[role] is layer)
+            members += output_members(layer, _owners(roles, widths, count, layer.weight))
+    output = block.layers["output"]
+    columns = _owners(("output",), {"output": output.inputs}, count, output.weight)
+    members.append(input_member(output, columns))
+    obstacle = _obstacle(block, widths, heads)
+    return GroupedLayer(
+        block.name, "head", count, tuple(members), removable=not obstacle, obstacle=obstacle
+    )
+
+
+def _owners(
+    roles: tuple[str, ...], widths: dict[str, int], count: int, parameter: Tensor
+) -> Tensor:
+    """The group of every output of a parameter that holds the roles one after the other."""
+    parts = []
+    for role in roles:
+        outputs = torch.arange(widths[role], device=parameter.device)
+        parts.append(outputs.div(widths[role] // count, rounding_mode="floor"))
+    return torch.cat(parts)
+
+
+def _widths(block: AttentionBlock) -> dict[str, int]:
+    """How many outputs the queries, keys and values have, over all heads."""
+    layers = block.layers
+    roles = {role: [r for r in ROLES if layers[r] is layers[role]] for role in ROLES}
+    widths = {role: layers[role].outputs // len(roles[role]) for role in ROLES}
+    if len(roles["query"]) == len(ROLES):
+        # There may be fewer heads of keys and values; the queries are as wide as the output reads.
+        widths["query"] = layers["output"].inputs
+        widths["key"] = widths["value"] = (layers["query"].outputs - widths["query"]) // 2
+    for role in ROLES:
+        if sum(widths[r] for r in roles[role]) != layers[role].outputs or widths[role] <= 0:
+            raise _UnfitError(
+                f"the {layers[role].outputs} outputs of '{layers[role].name}' are not those of "
+                f"{', '.join(roles[role])}: '{layers['output'].name}' reads {widths['query']}"
+            )
+    return widths
+
+
+def _counts(block: AttentionBlock, widths: dict[str, int]) -> tuple[int, int]:
+    """Number of heads of the queries, and of the keys and values."""
+    query, key, value = (widths[role] for role in ROLES)
+    width = told_width = _number(block, _HEAD_WIDTHS, config=False)
+    heads = _number(block, HEADS, config=False) or (query // width if width else 0)
+    heads = heads or _number(block, HEADS, config=True)
+    if not heads:
+        raise _UnfitError(
+            f"the number of heads is unknown: neither the module nor its config has one of "
+            f"{', '.join(HEADS)}"
+        )
+    width = width or query // heads
+    shared = key // max(width, 1)
+    given = _number(block, KEY_VALUE_HEADS, config=False)
+    if not told_width:  # the config is that of all layers, and does not know of removed heads
+        given = given or _number(block, KEY_VALUE_HEADS, config=True)
+    output = block.layers["output"].inputs
+    fits = (
+        heads * width == query
+        and shared * width == key
+        and shared > 0
+        and heads % shared == 0
+        and value % shared == 0
+        and value // shared * heads == output
+        and given in (0, shared)
+    )
+    if not fits:
+        told = f" ({given} of keys and values)" if given else ""
+        raise _UnfitError(
+            f"{heads} heads{told} of width {width} do not fit the shapes: queries {query}, "
+            f"keys {key}, values {value}, inputs of the output projection {output}"
+        )
+    return heads, shared
+
+
+def _number(block: AttentionBlock, names: Iterable[str], *, config: bool) -> int:
+    """The first attribute with one of these names, 0 for none."""
+    places: list[object] = [block.module, block.holder]
+    if config:
+        places = [getattr(place, "config", None) for place in places]
+    for place in places:
+        for name in names:
+            value = getattr(place, name, None)
+            if isinstance(value, int) and value > 0:
+                return value
+    return 0
+
+
+def _obstacle(block: AttentionBlock, widths: dict[str, int], heads: int) -> str:
+    """Why zero heads cannot be taken out of the module."""
+    if isinstance(block.module, nn.MultiheadAttention) or heads == 1:
+        return ""
+    whole = {*widths.values(), block.layers["output"].inputs}
+    projections = [layer.module for layer in block.layers.values()]
+    for place in dict.fromkeys([block.module, block.holder]):
+        children = list(place.named_children())
+        own = [number for number, (_, child) in enumerate(children) if child in projections]
+        for number, (name, child) in enumerate([*children, ("", place)]):
+            parameters = dict(child.named_parameters(recurse=False))
+            if child in projections or not parameters:
+                continue
+            if "norm" in type(child).__name__.lower():
+                # A norm defined behind the projections, as in ALBERT, is not between them.
+                is_between = own and own[0] < number < own[-1]
+                named_so = re.match("(q|k|query|key|attn_sub)_", name)
+                if (is_between or named_so) and next(iter(parameters.values())).numel() in whole:
+                    return f"{type(child).__name__} '{name}' normalises over all heads"
+                continue
+            for parameter_name, parameter in parameters.items():
+                if heads in parameter.shape:
+                    path = f"{name}.{parameter_name}".lstrip(".")
+                    return f"'{path}' has an entry for every head"
+    return ""

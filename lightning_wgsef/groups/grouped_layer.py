@@ -1,0 +1,150 @@
+"""The groups of one layer, and that no weight is in two of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wgsef.groups.members import Member, gather
+from lightning_wgsef.network.layers import canonical_name
+
+if TYPE_CHECKING:
+    pass
+
+
+def on_model(layers: Sequence[GroupedLayer], model: nn.Module) -> list[GroupedLayer]:
+    """Layers that were found on the copy, with the parameters of the model itself."""
+    own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    return [
+        replace(x, members=tuple(replace(m, parameter=own[m.name]) for m in x.members))
+        for x in layers
+    ]
+
+
+@dataclass(frozen=True, eq=False)
+class GroupedLayer:
+    """The groups of one layer, which compete for one budget.
+
+    Attributes:
+        name: canonical name of the layer, under which it is reported.
+        grouping: name of the grouping that made the groups.
+        count: number of groups.
+        members: where the groups' weights are.
+        removable: whether zero groups can be taken out of the network.
+        obstacle: why they cannot, where somebody might expect it; "" otherwise.
+        reserved: why the layer is left out unless the user names it; "" for "it is not".
+        weights: penalty weights w_j > 0, shape (count,); None: 1.
+        relative: in one competition of all layers, the weights are divided by the mean square norm
+            of the layer's groups, measured anew at every step.
+        costs: costs c_j > 0, shape (count,); None: 1.
+        budget: K in units of cost.
+        contest: how many groups in a row compete for the budget, as in n:m; None: all of them.
+
+    Raises:
+        ValueError: an index or a tensor does not fit ``count``.
+    """
+
+    name: str
+    grouping: str
+    count: int
+    members: tuple[Member, ...]
+    removable: bool = False
+    obstacle: str = ""
+    reserved: str = ""
+    weights: Tensor | None = None
+    relative: bool = False
+    costs: Tensor | None = None
+    budget: float = field(default=math.inf)
+    contest: int | None = None
+
+    def __post_init__(self) -> None:
+        for member in self.members:
+            index = torch.tensor([member.slices - 1]) if member.index is None else member.index
+            highest = int(index.max()) if len(index) else -1
+            if len(index) and int(index.min()) < -1:
+                raise ValueError(
+                    f"index of '{member.name}' must be a group, or -1 for none, "
+                    f"got {int(index.min())}"
+                )
+            if highest >= self.count or (member.index is None and member.slices != self.count):
+                raise ValueError(
+                    f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
+                    f"has {self.count} groups"
+                )
+        if self.contest is not None and (
+            self.contest < 1 or self.count % self.contest or self.costs is not None
+        ):
+            raise ValueError(
+                f"contest of layer '{self.name}' must divide its {self.count} groups, which have "
+                f"no costs, got {self.contest}"
+            )
+        for name, values in (("weights", self.weights), ("costs", self.costs)):
+            if values is not None and (
+                values.shape != (self.count,) or not bool((values > 0).all())
+            ):
+                lowest = f", lowest {float(values.min())}" if values.numel() else ""
+                raise ValueError(
+                    f"{name} of layer '{self.name}' must be positive, of shape ({self.count},), "
+                    f"got shape {tuple(values.shape)}{lowest}"
+                )
+
+    @property
+    def largest_member(self) -> Member:
+        """The member with most weights: its optimizer settings are those of the groups."""
+        return max(self.members, key=lambda member: member.parameter.numel())
+
+    def sizes(self) -> Tensor:
+        """Number of weights in every group, shape (count,), float64."""
+        sizes = torch.zeros(self.count, dtype=torch.float64)
+        for member in self.members:
+            if member.index is None:
+                sizes += member.slice_size
+            else:
+                size = torch.full((member.slices,), float(member.slice_size), dtype=torch.float64)
+                sizes += gather(size, member.index.cpu(), self.count)
+        return sizes
+
+
+class Claims:
+    """The weights that layers of groups have claimed so far.
+
+    >>> weight = torch.nn.Parameter(torch.ones(2, 2))
+    >>> rows = GroupedLayer("fc", "row", 2, (Member("fc.weight", weight, axes=(0,)),))
+    >>> columns = GroupedLayer("other", "column", 2, (Member("fc.weight", weight, axes=(1,)),))
+    >>> claims = Claims()
+    >>> claims.add(rows), claims.add(columns)
+    ('', "weights of 'fc.weight' belong to 'fc' (row) and to 'other' (column)")
+    """
+
+    def __init__(self) -> None:
+        self._claims: dict[int, list[tuple[GroupedLayer, Member]]] = {}
+
+    def add(self, layer: GroupedLayer) -> str:
+        """Claim the weights of ``layer``; if some are claimed already, none, and say which."""
+        mine: dict[int, list[tuple[GroupedLayer, Member]]] = {}
+        for member in layer.members:
+            key = id(member.parameter)
+            for other, one in (*self._claims.get(key, ()), *mine.get(key, ())):
+                if bool((_claim(other, one) & _claim(layer, member)).any()):
+                    return (
+                        f"weights of '{one.name}' belong to '{other.name}' ({other.grouping}) "
+                        f"and to '{layer.name}' ({layer.grouping})"
+                    )
+            mine.setdefault(key, []).append((layer, member))
+        for key, claims in mine.items():
+            self._claims.setdefault(key, []).extend(claims)
+        return ""
+
+
+def _claim(layer: GroupedLayer, member: Member) -> Tensor:
+    """Which weights of the member's parameter belong to a group, shaped to broadcast with it."""
+    inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
+    claim = member.along(inside, False)
+    if member.shape is None:
+        return claim
+    return claim.expand(member.shape).reshape(member.parameter.shape)

@@ -1,0 +1,85 @@
+"""Parameters spread over processes (DTensor, as FSDP2 makes them): what of them lies here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lightning_wgsef.groups.members import Member
+from lightning_wgsef.network.sharding import is_sharded, spans
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True, eq=False)
+class Part(Member):
+    """What lies on this process of a member whose parameter is sharded.
+
+    Slices are those of the part; ``index`` is the group of each.
+
+    Attributes:
+        spans: the places on every axis of the parameter that are here.
+    """
+
+    spans: tuple[range, ...] = ()
+
+    @property
+    def extent(self) -> Sequence[int]:
+        """The shape of the part."""
+        return tuple(map(len, self.spans))
+
+    @property
+    def weights(self) -> Tensor:
+        """The values that are here."""
+        return self.own(self.parameter)
+
+    @torch.no_grad()
+    def own(self, tensor: Tensor) -> Tensor:
+        """Of a tensor that is shaped like the parameter, what is here; a view."""
+        if is_sharded(tensor):
+            return tensor.to_local().detach()
+        return tensor.detach()[tuple(slice(span.start, span.stop) for span in self.spans)]
+
+
+def part_of(member: Member) -> Member:
+    """``member`` with the slices that lie on this process; itself where it is not sharded.
+
+    A slice of which only some weights are here is one of the part, of the same group.
+
+    Raises:
+        ValueError: see `spans`.
+    """
+    if not is_sharded(member.parameter):
+        return member
+    held = spans(member.parameter, member.name)
+    index = torch.arange(member.slices) if member.index is None else member.index.cpu()
+    axes = member.axes
+    if member.shape is not None:  # a part may begin inside a tile: every weight for itself
+        along = [n if axis in axes else 1 for axis, n in enumerate(member.shape)]
+        index = index.view(along).expand(member.shape).reshape(member.parameter.shape)
+        axes = tuple(range(member.parameter.dim()))
+    index = index.view([member.parameter.shape[axis] for axis in axes])
+    here = index[tuple(slice(held[axis].start, held[axis].stop) for axis in axes)]
+    return Part(member.name, member.parameter, axes, here.flatten(), None, held)
+
+
+def counted_here(parts: Sequence[Member]) -> list[bool]:
+    """Does this process count each of the parts? Of what several hold, the first one does.
+
+    Every process has to ask.
+    """
+    held = [
+        tuple((span.start, span.stop) for span in part.spans) if isinstance(part, Part) else None
+        for part in parts
+    ]
+    everybody: list[list[object]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everybody, held)
+    rank = torch.distributed.get_rank()
+    return [
+        all(other[number] != mine for other in everybody[:rank]) for number, mine in enumerate(held)
+    ]

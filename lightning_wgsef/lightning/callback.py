@@ -1,0 +1,337 @@
+"""The Lightning callback: hooks of a few lines each around the regularizer."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import nn
+
+from lightning_wgsef.groupings.budget import Budget
+from lightning_wgsef.groupings.costs import Costs
+from lightning_wgsef.groupings.registry import Grouping
+from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.lightning.strategies import check_strategy, restores_later
+from lightning_wgsef.lightning.summary import Presentation
+from lightning_wgsef.lightning.tensorboard import hold_back, release, write_hparams
+from lightning_wgsef.network.sharding import whole_model
+from lightning_wgsef.penalties.base import Penalty
+from lightning_wgsef.reports.networks import network_report
+from lightning_wgsef.slimming.files import check_slim_path, save_slim
+from lightning_wgsef.slimming.slim import slim
+from lightning_wgsef.training.half_space import HalfSpace
+from lightning_wgsef.training.masks import apply_masks_to
+from lightning_wgsef.training.options import check_arguments
+from lightning_wgsef.training.regularizer import WGSEF
+from lightning_wgsef.training.schedules import CubicRamp, Schedule
+
+if TYPE_CHECKING:
+    from pytorch_lightning import LightningModule, Trainer
+
+
+def write_slim(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> str:
+    """Make a network smaller, and write it and a report.
+
+    Args:
+        model: any module, with its zeros; it is not changed.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+        path: the file of `save_slim`; the report goes beside it, as JSON of the same name.
+
+    Returns:
+        What was taken out, and what both networks need, as text.
+
+    Raises:
+        ValueError: `slim` refuses, or a path that cannot be written.
+    """
+    small = slim(model, example_input)
+    report = network_report({"before": model, "slim": small}, example_input)
+    save_slim(small, path)
+    report.save_json(Path(path).with_suffix(".json"))
+    return f"{small.slimming}\n{report}"
+
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Callback
+else:
+    # pytorch_lightning and lightning.pytorch are two class hierarchies; a Trainer of one rejects a
+    # callback of the other. One class that inherits from both works in both.
+    _packages = [name for name in ("pytorch_lightning", "lightning") if find_spec(name)]
+    _modules = {"pytorch_lightning": "pytorch_lightning", "lightning": "lightning.pytorch"}
+    _bases = tuple(import_module(_modules[name]).Callback for name in _packages)
+    Callback = type("Callback", _bases, {})
+
+__all__ = ["Callback"]
+
+
+class WGSEFCallback(Callback):
+    r"""Prune a network while it trains: groups of weights compete for a budget named beforehand.
+
+    Arguments up to ``masks`` are those of `WGSEF`; its default schedule, `Homotopy`, reaches the
+    budget at half of the training run, freezes the mask and fine-tunes in the second half. Works
+    under ``pytorch_lightning`` and ``lightning.pytorch``.
+
+    Logged at Lightning's own intervals, under names that never change over a run:
+    ``wgsef/<layer>/group_sparsity`` (share of zero groups), ``wgsef/<layer>/value``,
+    ``wgsef/<layer>/gap``, and over all layers ``wgsef/sparsity`` (share of the grouped weights that
+    are zero), ``wgsef/value``, ``wgsef/gap``, ``wgsef/step`` (the step size) and ``wgsef/frozen``.
+
+    Args:
+        k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
+            mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
+        lam: a number (the paper's constant), or a schedule; None: `Homotopy`.
+        grouping: a name ("channel", "filter", "structure", "head", "hidden", "layer", "2:4",
+            "block:16x16", "element", ...), a function from a module to `Groups`, or a mapping from
+            patterns of layer names to these.
+        scope: "layer", or "global": all layers compete for one budget.
+        weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", or
+            tensors.
+        costs: what a group costs: None (1), "params", "flops", "latency", or tensors.
+        example_input: for what follows a forward pass ("structure", "layer", "flops", "latency");
+            None: the module's ``example_input_array``.
+        overlap: "error", or "first": leave a layer out that claims weights of one before it.
+        include: patterns of layer names; only these are grouped.
+        exclude: patterns of layer names that are left out.
+        debias: share of the ridge that is taken back from the weights that stay; None: the
+            schedule's own.
+        metric: "identity", "auto" (the optimizer's, such as Adam's) or "group" (its group means).
+        penalty: `Envelope` (None), or `GroupLasso` to compare with.
+        half_space: a `HalfSpace`, or its epsilon.
+        freeze: when the mask is fixed: "converged" (at three quarters of training at the latest),
+            a number of steps, a share of training, or None (never).
+        masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
+            for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
+        slim_to: where the network without its zero groups is written when the fit ends, as a file
+            of `save_slim` (.safetensors), with a report as JSON beside it; needs an example input.
+        dashboard: show more in TensorBoard: charts of all layers together, histograms of norms and
+            pictures of the life of the groups (a few times a run), the report, and hparams.
+        name: put into the logged names, and into the key of the saved state; needed for each of
+            several callbacks in one Trainer.
+
+    Attributes:
+        regularizer: the `WGSEF` at work; None before training.
+
+    Raises:
+        ValueError: an argument out of its range, on construction where the model is not needed to
+            see it, else when the fit starts.
+
+    >>> callback = WGSEFCallback(k=0.25, lam=1e-2, grouping="channel")
+    >>> callback.regularizer is None
+    True
+    """
+
+    def __init__(
+        self,
+        k: CubicRamp | Budget = 0.5,  # a command line tries these in turn: a ramp is a mapping
+        lam: float | Schedule | None = None,
+        grouping: Grouping = "channel",
+        *,
+        scope: Literal["layer", "global"] = "layer",
+        weights: Weights = None,
+        costs: Costs = None,
+        example_input: Any | None = None,
+        overlap: Literal["error", "first"] = "error",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        debias: float | None = None,
+        metric: Literal["auto", "group", "identity"] = "identity",
+        penalty: Penalty | None = None,
+        half_space: float | HalfSpace | None = None,
+        freeze: Literal["converged"] | int | float | None = "converged",
+        masks: str | Path | None = None,
+        slim_to: str | Path | None = None,
+        dashboard: bool = False,
+        name: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.arguments: dict[str, Any] = {
+            "k": k,
+            "lam": lam,
+            "grouping": grouping,
+            "include": include,
+            "exclude": exclude,
+            "debias": debias,
+            "scope": scope,
+            "weights": weights,
+            "costs": costs,
+            "example_input": example_input,
+            "overlap": overlap,
+            "metric": metric,
+            "penalty": penalty,
+            "half_space": half_space,
+            "freeze": freeze,
+            "masks": masks,
+        }
+        check_arguments(**self.arguments)
+        self.slim_to = slim_to
+        self.dashboard = dashboard
+        self.name = name
+        self.regularizer: WGSEF | None = None
+        self._state: Mapping[str, Any] = {}
+        self._averages_masked = False
+        self._presentation: Presentation | None = None
+        self._held_back: list[Any] = []
+
+    @property
+    def prefix(self) -> str:
+        """Of the logged names."""
+        return "wgsef" if self.name is None else f"wgsef/{self.name}"
+
+    @property
+    def state_key(self) -> str:
+        """The key of the callback's state in checkpoints."""
+        return "WGSEFCallback" if self.name is None else f"WGSEFCallback[{self.name}]"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and masks."""
+        if self._state or self.regularizer is None:  # loaded, and no training since
+            return dict(self._state)
+        return self.regularizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Keep the state for the next fit."""
+        self._state = state_dict
+        self.regularizer = None
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Keep the state of another model's fit out: a finder saves and restores before a fit."""
+        if self.regularizer is not None and self.regularizer.model is not pl_module:
+            checkpoint.get("callbacks", {}).pop(self.state_key, None)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Refuse strategies under which the weights cannot be edited."""
+        if stage == "fit":
+            check_strategy(trainer)
+            self._held_back = hold_back(trainer) if self.dashboard else []
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Group the weights, with everything that can be wrong about them, before training."""
+        if not restores_later(trainer):
+            self._group(trainer, pl_module)
+
+    def _group(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        earlier = self.regularizer
+        if earlier is not None and earlier.model is not pl_module:
+            self._state = {}
+        elif earlier is not None and earlier.attachments:
+            self._state = earlier.state_dict()  # a second fit goes on where the first one ended
+        arguments = {**self.arguments, "example_input": self._example_input(trainer, pl_module)}
+        if self.slim_to is not None:
+            check_slim_path(self.slim_to)
+            if arguments["example_input"] is None:
+                raise ValueError(
+                    "slim_to needs an example_input: an argument of WGSEFCallback, or the module's "
+                    "example_input_array"
+                )
+        if self._state and arguments["masks"] is not None:
+            arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
+        self.regularizer = WGSEF(pl_module, **arguments)
+        for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+            if isinstance(other, WGSEFCallback) and other is not self and other.regularizer:
+                self.regularizer.groups.check_disjoint(other.regularizer.groups)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Attach to this fit's optimizers and continue from the saved state, if any."""
+        release(self._held_back)
+        if restores_later(trainer):
+            self._group(trainer, pl_module)
+        assert self.regularizer is not None
+        self._averages_masked = False
+        steps = trainer.estimated_stepping_batches
+        self.regularizer.total_steps = int(steps) if 0 < steps < math.inf else None
+        self.regularizer.attach(*trainer.optimizers)
+        if self._state:
+            self.regularizer.load_state_dict(self._state)
+            self._state = {}
+        if waiting := self.regularizer.waiting():
+            warnings.warn(
+                f"{', '.join(waiting)}: no optimizer trains these layers; they keep all their "
+                "groups until one does (leave them out with exclude to silence this)",
+                stacklevel=2,
+            )
+        self._presentation = Presentation(trainer, self.regularizer, self.prefix, self.dashboard)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Log; from the freeze on, keep averages of the weights sparse, too."""
+        assert self.regularizer is not None
+        assert self._presentation is not None
+        if self.regularizer.frozen and not self._averages_masked:
+            self._averages_masked = True  # an average of zeros stays zero
+            self._presentation.freeze(trainer)
+            for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
+                average = getattr(other, "_average_model", None)  # EMA, SWA
+                if isinstance(average, nn.Module):
+                    apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
+        # The public log_every_n_steps would have to be matched with loop internals by hand; the
+        # last batch counts too, so that monitors find the metrics at the end of every epoch.
+        due = trainer._logger_connector.should_update_logs or trainer.is_last_batch
+        if due and not trainer.barebones:
+            self.regularizer.check_finite()
+            for key, value in self.regularizer.metrics().items():
+                pl_module.log(f"{self.prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
+            self._presentation.look(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizers; say so if the budget was not reached."""
+        assert self.regularizer is not None
+        self.regularizer.check_finite()
+        self.regularizer.detach()
+        if self._presentation is not None and not trainer.interrupted:
+            example = self._example_input(trainer, pl_module)
+            self._presentation.end(trainer, pl_module, example)
+            write_hparams(trainer, self)
+        if not self.regularizer.frozen and self.arguments["freeze"] is not None:
+            alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
+            warnings.warn(
+                f"training ended before the mask was frozen; groups alive: {alive}. Train longer, "
+                "shorten the schedule, or take freeze=0.5, which cuts the weakest groups at half "
+                "of training",
+                stacklevel=2,
+            )
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the network without its zero groups; training is not lost if that fails."""
+        if self.slim_to is None:
+            return
+        model = whole_model(pl_module)  # of weights that are sharded every process has a part
+        if not trainer.is_global_zero:
+            return
+        try:
+            report = write_slim(model, self._example_input(trainer, pl_module), self.slim_to)
+        except ValueError as error:
+            warnings.warn(
+                f"slim_to: nothing was written: {error}; to try again with the trained model, call "
+                "slim and save_slim",
+                stacklevel=2,
+            )
+        else:
+            trainer.print(f"{self.slim_to}\n{report}")
+
+    def _example_input(self, trainer: Trainer, pl_module: LightningModule) -> Any:
+        given = self.arguments["example_input"]
+        example = getattr(pl_module, "example_input_array", None) if given is None else given
+        return None if example is None else trainer.precision_plugin.convert_input(example)
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Let go of the optimizers."""
+        self._detach()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let go of the optimizers."""
+        self._detach()
+
+    def _detach(self) -> None:
+        release(self._held_back)
+        if self.regularizer is not None:
+            self.regularizer.detach()

@@ -1,0 +1,109 @@
+"""What a run shows besides logged scalars: tables and lines in the terminal, and the dashboard."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
+from lightning_wgsef.network.sharding import whole_model
+from lightning_wgsef.reports.sparsity import sparsity_report
+from lightning_wgsef.training.regularizer import WGSEF
+from lightning_wgsef.training.schedules import warn_of_short_way
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+
+class Presentation:
+    """Shows one regularizer's run; silent where Lightning's model summary is.
+
+    Args:
+        trainer: of the run.
+        regularizer: what is shown.
+        prefix: of its scalars.
+        dashboard: show more than scalars in TensorBoard.
+    """
+
+    def __init__(self, trainer: Trainer, regularizer: WGSEF, prefix: str, dashboard: bool) -> None:
+        self.regularizer = regularizer
+        self.prefix = prefix
+        self._has_summary = _has_summary(trainer)
+        self.talks = trainer.is_global_zero and self._has_summary
+        self.announced = regularizer.frozen
+        self.dashboards = [
+            Dashboard(logger.experiment, prefix, regularizer.groups, regularizer.total_steps)
+            for logger in (tensorboard_loggers(trainer) if dashboard else [])
+        ]
+        self._shows_more = dashboard
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]  # set by a connector
+        if dashboard and writes and not self.dashboards:
+            warnings.warn(
+                "dashboard=True shows nothing: no logger of the Trainer is a TensorBoardLogger",
+                stacklevel=2,
+            )
+        if writes and not regularizer.frozen:
+            warn_of_short_way(regularizer.schedule, regularizer.total_steps)
+        if self.talks:
+            trainer.print(f"{prefix}:\n{regularizer.groups}")
+
+    def freeze(self, trainer: Trainer) -> None:
+        """Say that the mask is fixed, unless it was before."""
+        if self.announced:
+            return
+        self.announced = True
+        if self.talks:
+            masks = self.regularizer.masks.values()
+            alive, total = sum(int(x.sum()) for x in masks), sum(map(len, masks))
+            trainer.print(
+                f"{self.prefix}: mask fixed after step {trainer.global_step}: {alive} of {total} "
+                f"groups alive, within a budget of {self._budget():g}"
+            )
+
+    def look(self, trainer: Trainer) -> None:
+        """Show the groups as they are; every process has to ask where weights are sharded."""
+        if self._shows_more:
+            norms = self.regularizer.groups.norms()
+            for dashboard in self.dashboards:
+                dashboard.look(norms, self._budget(), _step(trainer))
+
+    def end(self, trainer: Trainer, model: nn.Module, example_input: Any) -> None:
+        """The report, with operations where there is an example input that runs.
+
+        Every process has to ask where weights are sharded.
+        """
+        if not self._has_summary and not self._shows_more:
+            return
+        groups = self.regularizer.groups
+        whole, norms = whole_model(model), groups.norms()
+        if not self.talks and not self.dashboards:
+            return
+        try:
+            report = sparsity_report(whole, groups, example_input)
+        except ValueError:  # training needed no example, and is over
+            report = sparsity_report(whole, groups)
+        if self.talks:
+            trainer.print(f"{self.prefix}:\n{report}")
+        share = 1 - report.parameters_alive / max(report.parameters, 1)
+        for dashboard in self.dashboards:
+            dashboard.draw(norms, _step(trainer))
+            dashboard.finish(str(report), share, _step(trainer))
+
+    def _budget(self) -> float:
+        """Of everything together; of n:m as many as stay in all rows of m."""
+        groups = self.regularizer.groups
+        if groups.is_global:
+            return float(groups.budgets[0])
+        return sum(x.budget * (x.count // x.contest if x.contest else 1) for x in groups.layers)
+
+
+def _has_summary(trainer: Trainer) -> bool:
+    names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]  # set by a connector
+    return bool(names & {"ModelSummary", "RichModelSummary"})
+
+
+def _step(trainer: Trainer) -> int:
+    """The step under which Lightning logs scalars."""
+    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

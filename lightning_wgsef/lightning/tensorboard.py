@@ -1,0 +1,213 @@
+"""What TensorBoard shows on top of scalars: charts, histograms, pictures, hparams."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_wgsef.groups.groups import Groups
+
+if TYPE_CHECKING:
+    from pytorch_lightning import Trainer
+
+
+COLUMNS = 256
+
+ROWS = 256
+
+_ALIVE = (31, 119, 180)
+
+_DEAD = (225, 225, 225)
+
+
+class GroupLife:
+    """Looks at who is alive, at equal distances in time; every second one is forgotten when full.
+
+    Args:
+        counts: number of groups of every layer, by its name.
+        columns: the most looks that are kept.
+
+    >>> life = GroupLife({"fc": 3}, columns=4)
+    >>> for step in range(6):
+    ...     life.look(torch.tensor([True, step < 2, step < 4]))
+    >>> life.looks("fc").int().tolist()
+    [[1, 1, 1], [1, 0, 1], [1, 0, 0]]
+    """
+
+    def __init__(self, counts: dict[str, int], columns: int = COLUMNS) -> None:
+        self.counts = counts
+        self.columns = columns
+        self._kept: list[Tensor] = []
+        self._stride = 1
+        self._asked = 0
+
+    def look(self, alive: Tensor) -> None:
+        """Remember who is alive, shape (m,), layer after layer; no accelerator is waited for."""
+        if self._asked % self._stride == 0:
+            self._kept.append(alive.clone())
+            if len(self._kept) > self.columns:
+                self._kept = self._kept[::2]
+                self._stride *= 2
+        self._asked += 1
+
+    def looks(self, layer: str) -> Tensor:
+        """What was seen of a layer, booleans of shape (looks, groups)."""
+        names = list(self.counts)
+        together = torch.stack(self._kept).cpu()
+        parts = torch.split_with_sizes(together, list(self.counts.values()), dim=1)
+        return parts[names.index(layer)]
+
+    def picture(self, layer: str) -> Tensor:
+        """An image, bytes of shape (3, height, width): blue is alive, grey is dead.
+
+        Time runs to the right, groups that live longest are at the top. Of more than ``ROWS``
+        groups as many are shown, at equal distances in that order.
+        """
+        looks = self.looks(layer)
+        order = _last_alive(looks).argsort(descending=True, stable=True)
+        if len(order) > ROWS:
+            order = order[torch.linspace(0, len(order) - 1, ROWS).round().long()]
+        alive = looks[:, order].T
+        for axis, most in ((0, ROWS), (1, COLUMNS)):
+            alive = alive.repeat_interleave(max(1, most // alive.shape[axis]), axis)
+        colours = torch.tensor([_DEAD, _ALIVE], dtype=torch.uint8)
+        return colours[alive.long()].permute(2, 0, 1).contiguous()
+
+
+def _last_alive(looks: Tensor) -> Tensor:
+    """The last look at which a group was alive, -1 for none; shape (groups,)."""
+    numbers = torch.arange(len(looks)).unsqueeze(1)
+    return torch.where(looks, numbers, -1).max(0).values
+
+
+TIMES = 4
+"""How many times in a run histograms and pictures are written: event files stay small."""
+
+BUCKETS = 32
+"""Of a histogram."""
+
+
+class Dashboard:
+    """Writes for the groups of one regularizer.
+
+    Args:
+        writer: a ``SummaryWriter``.
+        prefix: of the names of its scalars, such as "wgsef".
+        groups: what is shown.
+        total_steps: how long training lasts; None where that is not known.
+    """
+
+    def __init__(self, writer: Any, prefix: str, groups: Groups, total_steps: int | None) -> None:
+        self.writer = writer
+        self.prefix = prefix
+        self.groups = groups
+        self.life = GroupLife({layer.name: layer.count for layer in groups.layers})
+        self._distance = max(1, (total_steps or 8_000) // TIMES)
+        self._next = 0
+        writer.add_custom_scalars({prefix: layout(prefix)})
+
+    def look(self, norms: Tensor, budget: float, step: int) -> None:
+        """Norms of all groups, shape (m,), at a step; pictures where they are due."""
+        alive = norms > 0
+        self.life.look(alive)
+        self.writer.add_scalar(f"{self.prefix}/groups_alive", int(alive.sum()), step)
+        self.writer.add_scalar(f"{self.prefix}/groups_budget", budget, step)
+        if step >= self._next:
+            self._next = step + self._distance
+            self.draw(norms, step)
+
+    def draw(self, norms: Tensor, step: int) -> None:
+        """Histograms of the norms and the life of the groups, layer by layer."""
+        for name, part in self.groups.split(norms).items():
+            tag = f"{self.prefix}/{name}/norms"
+            self.writer.add_histogram(tag, part.float().cpu(), step, bins=BUCKETS)
+            image = self.life.picture(name)
+            self.writer.add_image(f"{self.prefix}/{name}/life_of_the_groups", image, step)
+
+    def finish(self, report: str, sparsity: float, step: int) -> None:
+        """The final report, a table, and the share of the grouped weights that are zero."""
+        self.writer.add_text(f"{self.prefix}/report", f"```\n{report}\n```", step)
+        self.writer.add_scalar(f"{self.prefix}/final_sparsity", sparsity, step)
+
+
+def layout(prefix: str) -> dict[str, list[Any]]:
+    """Charts of several curves each, as ``SummaryWriter.add_custom_scalars`` takes them.
+
+    >>> sorted(layout("wgsef"))
+    ['budget and groups alive', 'gap', 'group sparsity of layers']
+    """
+    return {
+        "group sparsity of layers": ["Multiline", [f"{prefix}/.*/group_sparsity"]],
+        "gap": ["Multiline", [f"{prefix}/gap"]],
+        "budget and groups alive": ["Multiline", [f"{prefix}/groups_(alive|budget)"]],
+    }
+
+
+_SETTINGS = ("k", "lam", "grouping", "scope", "weights", "costs", "metric", "freeze")
+
+
+def hold_back(trainer: Trainer) -> list[Any]:
+    """Keep Lightning's TensorBoard loggers from writing hparams; those that would have.
+
+    There is no public switch after a logger is made.
+    """
+    loggers: list[Any] = trainer.loggers
+    held = [logger for logger in loggers if getattr(logger, "_default_hp_metric", False)]
+    for logger in held:
+        logger._default_hp_metric = False
+    return held
+
+
+def release(held: list[Any]) -> None:
+    """As before `hold_back`; the list is emptied."""
+    while held:
+        held.pop()._default_hp_metric = True
+
+
+def write_hparams(trainer: Trainer, callback: Any) -> None:
+    """Write what was asked for, with the names of the scalars that came of it.
+
+    Args:
+        trainer: at the end of training.
+        callback: one with a dashboard; the last of them writes for all.
+    """
+    kind = type(callback)
+    shown = [x for x in trainer.callbacks if isinstance(x, kind) and x.dashboard]  # type: ignore[attr-defined]  # set by a connector
+    if not shown or shown[-1] is not callback:
+        return
+    from torch.utils.tensorboard.summary import hparams
+
+    results = [f"{x.prefix}/final_sparsity" for x in shown]
+    results += [name for name in trainer.callback_metrics if not name.startswith("wgsef")]
+    for logger in tensorboard_loggers(trainer):
+        values = {
+            name: value if isinstance(value, bool | int | float) else str(value)
+            for name, value in {**dict(logger.hparams), **_settings(shown)}.items()
+        }
+        writer = logger.experiment._get_file_writer()  # add_hparams would make a run of its own
+        # Of the results it takes the names; values come from the scalars.
+        for summary in hparams(values, dict.fromkeys(results, 0.0)):  # type: ignore[no-untyped-call]
+            writer.add_summary(summary)
+
+
+def _settings(callbacks: list[Any]) -> dict[str, Any]:
+    settings: dict[str, Any] = {}
+    for callback in callbacks:
+        own = {name: callback.arguments[name] for name in _SETTINGS}
+        if own["lam"] is None:
+            own["lam"] = callback.regularizer.schedule  # what the default stands for
+        settings |= {f"{callback.prefix}/{name}": value for name, value in own.items()}
+    return settings
+
+
+def tensorboard_loggers(trainer: Trainer) -> list[Any]:
+    """Those that write: other processes and ``fast_dev_run`` have dummies that answer anything."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return [
+        logger
+        for logger in trainer.loggers
+        if isinstance(getattr(logger, "experiment", None), SummaryWriter)
+    ]

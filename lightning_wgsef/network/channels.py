@@ -1,0 +1,193 @@
+"""Sets of tied channels of a network, and where the weights are that make them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_wgsef.network.dependency_graph import Graph, Side, Tied
+from lightning_wgsef.network.layers import weighted_layers
+from lightning_wgsef.network.operations import OPTYPE
+
+PRODUCERS = (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV, OPTYPE.LINEAR)
+
+_SCALES = (OPTYPE.BN, OPTYPE.LN, OPTYPE.GN, OPTYPE.IN, OPTYPE.PRELU)
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """Which group every slice of a parameter of the graph's model is in."""
+
+    parameter: Tensor
+    axis: int
+    groups: dict[int, int]
+
+    def index(self) -> Tensor:
+        """Group of every slice, -1 for none, shape (slices,)."""
+        index = torch.full((self.parameter.shape[self.axis],), -1)
+        index[list(self.groups)] = torch.tensor(list(self.groups.values()))
+        return index
+
+
+def slices(graph: Graph, tied: Tied, side: Side) -> Iterator[Slices]:
+    """The weights that produce or scale the channels at one side of a node.
+
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> graph = build_graph(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.ones(1, 4))
+    >>> tied = graph.tied(graph.model[0], [0, 1])
+    >>> [(x.axis, x.groups) for side in tied.positions for x in slices(graph, tied, side)]
+    [(0, {0: 0, 1: 1}), (0, {0: 0, 1: 1})]
+    """
+    node, _ = side
+    groups = {place: tied.bundle[root] for place, root in tied.positions[side].items()}
+    if not graph.outward(side) or any(node.module is given for given in graph.inputs):
+        return
+    if node.type == OPTYPE.PARAMETER:
+        yield Slices(node.module, parameter_axis(node.module, len(groups)), groups)
+    elif node.type == OPTYPE.EMBED:
+        yield Slices(node.module.weight, 1, groups)
+    elif node.type in PRODUCERS + _SCALES:
+        # A depthwise transposed convolution has its one filter for each channel along axis 0.
+        across = node.type == OPTYPE.CONV and node.module.transposed
+        for name, axis in (("weight", int(across)), ("bias", 0)):
+            parameter = getattr(node.module, name, None)
+            if parameter is not None:
+                yield Slices(parameter, axis, groups)
+
+
+def parameter_axis(parameter: Tensor, width: int) -> int:
+    """The axis of a parameter used by itself that holds ``width`` channels, or -1.
+
+    >>> parameter_axis(torch.ones(1, 8, 4, 4), 8), parameter_axis(torch.ones(1, 5, 8), 8)
+    (1, 2)
+    """
+    axes = [axis for axis, size in enumerate(parameter.shape) if size == width]
+    if not axes:
+        return -1
+    return axes[0] if parameter.dim() > 3 else axes[-1]
+
+
+def produced(graph: Graph, tied: Tied) -> Iterator[tuple[nn.Module, dict[int, int]]]:
+    """The layers that make channels, and the root's channel at each position of their outputs.
+
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> graph = build_graph(nn.Sequential(nn.Linear(4, 2), nn.ReLU()), torch.ones(1, 4))
+    >>> list(produced(graph, graph.tied(graph.model[0], [0, 1])))
+    [(Linear(in_features=4, out_features=2, bias=True), {0: 0, 1: 1})]
+    """
+    for side, positions in tied.positions.items():
+        if side[0].type in PRODUCERS and graph.outward(side):
+            yield side[0].module, positions
+
+
+def normalises_width(module: object) -> bool:
+    """Does the module normalise over its channels, as LayerNorm does?
+
+    >>> normalises_width(nn.LayerNorm(4)), normalises_width(nn.BatchNorm1d(4))
+    (True, False)
+    """
+    kind = type(module).__name__
+    return isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or "LayerNorm" in kind
+
+
+_Use = tuple[int, dict[int, int]]
+
+
+@dataclass(frozen=True, eq=False)
+class ChannelSet:
+    """Channels that are tied to those of one layer.
+
+    Attributes:
+        name: of the first layer that makes them.
+        tied: everything that is tied to them.
+        obstacle: why they cannot be told apart or cut; "" if they can.
+        is_output: are they channels of the network's outputs?
+    """
+
+    name: str
+    tied: Tied
+    obstacle: str
+    is_output: bool
+
+
+def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
+    """The sets of the layers of a graph, in order of definition.
+
+    >>> import torch
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1))
+    >>> graph = build_graph(network, torch.ones(1, 3, 8, 8))
+    >>> [(found.name, found.tied.count, found.is_output) for found in channel_sets(graph)]
+    [('0', 8, False), ('2', 2, True)]
+    """
+    taken: dict[nn.Module, set[int]] = {}
+    layers = list(weighted_layers(graph.model))
+    problems = {layer.name: layer.problem for layer in layers if layer.problem}
+    users: dict[int, list[nn.Module]] = {}
+    for module in graph.names:
+        for number in {id(parameter) for parameter in module.parameters(recurse=False)}:
+            users.setdefault(number, []).append(module)
+    for layer in layers:
+        if layer.module not in graph.engine.module2node:
+            continue
+        channels = set(range(layer.outputs)) - taken.get(layer.module, set())
+        if not channels:
+            continue
+        tied = graph.tied(layer.module, sorted(channels))
+        obstacle = tied.obstacle or _obstacle(graph, tied, problems) or _shared(graph, tied, users)
+        for module, positions in produced(graph, tied):
+            if taken.setdefault(module, set()) & positions.keys():
+                obstacle = obstacle or f"its channels overlap those of '{graph.names[module]}'"
+            taken[module] |= positions.keys()
+        if tied.count < 2:
+            bundle = f"its {len(channels)} channels can only be removed together"
+            obstacle = obstacle or (bundle if len(channels) > 1 else "it has one channel")
+        is_output = any(side[0] in graph.outputs and graph.outward(side) for side in tied.positions)
+        yield ChannelSet(layer.name, tied, obstacle, is_output)
+
+
+def _obstacle(graph: Graph, tied: Tied, problems: dict[str, str]) -> str:
+    """Why the parameters of these channels cannot be cut."""
+    parameters = {id(p): name for name, p in graph.model.named_parameters()}
+    for side in tied.positions:
+        node, _ = side
+        name = graph.names.get(node.module, "")
+        if graph.outward(side) and name in problems:
+            return f"'{name}': {problems[name]}"
+        for found in slices(graph, tied, side):
+            if id(found.parameter) not in parameters:
+                return f"'{name}': its weight is computed from other tensors"
+            size = found.parameter.shape[found.axis]
+            if found.axis < 0 or max(found.groups) >= size:
+                own = parameters[id(found.parameter)]
+                return f"'{own}' has no axis of {len(found.groups)} channels"
+    return ""
+
+
+def _shared(graph: Graph, tied: Tied, users: dict[int, list[nn.Module]]) -> str:
+    """Weights that several modules share must be cut in all of them alike."""
+    uses: dict[int, dict[nn.Module, _Use]] = {}
+    for side in tied.positions:
+        for parameter, axis, groups in _touched(graph, tied, side):
+            uses.setdefault(id(parameter), {})[side[0].module] = (axis, groups)
+    names = {id(p): name for name, p in graph.model.named_parameters()}
+    for number, by_module in uses.items():
+        sharing = users.get(number, [])
+        first, *others = by_module.values()
+        if len(sharing) > 1 and (len(sharing) != len(by_module) or any(x != first for x in others)):
+            modules = " and ".join(f"'{graph.names[user]}'" for user in sharing)
+            return f"{modules} share '{names[number]}' (tied) for different channels"
+    return ""
+
+
+def _touched(graph: Graph, tied: Tied, side: Side) -> Iterator[tuple[Tensor, int, dict[int, int]]]:
+    """All weights that removal would cut: what reads the channels, too."""
+    node, _ = side
+    for found in slices(graph, tied, side):
+        yield found.parameter, found.axis, found.groups
+    if not graph.outward(side) and node.type in PRODUCERS:
+        groups = {place: tied.bundle[root] for place, root in tied.positions[side].items()}
+        yield node.module.weight, int(not getattr(node.module, "transposed", False)), groups

@@ -1,0 +1,279 @@
+"""Which channels of a network are tied: the dependency graph of torch-pruning, built on a copy.
+
+torch-pruning traces a forward pass by autograd, switches the model to evaluation, does not see
+frozen parameters or the network's inputs, and takes every operation it does not know for one that
+works element by element. Hence the copy, and the `obstacle` of a set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch_pruning  # type: ignore[import-untyped]
+from torch import Tensor, nn
+
+from lightning_wgsef.network.example_input import mapped, model_copy, run_example, tensors
+from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.operations import (
+    HEAD,
+    MODULE_OPERATIONS,
+    OPTYPE,
+    Watch,
+    flatten_obstacle,
+    mixes_channels,
+    operation_obstacle,
+    shape_after,
+)
+
+Node = Any
+
+Side = tuple[Node, Callable[..., Any]]
+"""A node of torch-pruning's graph and the function that would prune its inputs or its outputs."""
+
+_Index = torch_pruning._helpers._HybridIndex
+
+
+@dataclass(eq=False)
+class Tied:
+    """Channels of one layer and everything that is tied to them.
+
+    Attributes:
+        positions: at every side of a node, the root's channel that each position is tied to.
+        bundle: the channels of the root that live and die together have equal numbers, from 0.
+        obstacle: why the positions cannot be relied on; "" if they can.
+    """
+
+    positions: dict[Side, dict[int, int]] = field(default_factory=dict)
+    bundle: dict[int, int] = field(default_factory=dict)
+    obstacle: str = ""
+
+    @property
+    def count(self) -> int:
+        """Number of bundles."""
+        return len(set(self.bundle.values()))
+
+
+@dataclass(eq=False)
+class Graph:
+    """The dependency graph of a copy of a model.
+
+    Attributes:
+        model: the copy.
+        engine: torch-pruning's graph of it.
+        names: canonical name of every module of the copy.
+        inputs: the network's inputs, as parameters, so that the graph has them.
+        outputs: the nodes that return the network's outputs.
+        inside: operations inside of the modules that torch-pruning knows.
+        activations: the modules without parameters, by the operation they end in.
+    """
+
+    model: nn.Module
+    engine: Any
+    names: dict[nn.Module, str]
+    inputs: list[nn.Parameter]
+    outputs: set[Node]
+    inside: set[Any]
+    activations: dict[Any, nn.Module]
+
+    def outward(self, side: Side) -> bool:
+        """Are these the outputs of the node (which for a norm are its inputs, too)?"""
+        node, handler = side
+        return bool(handler == self.engine.get_pruner_of_module(node.module).prune_out_channels)
+
+    def modules(self, tied: Tied) -> list[nn.Module]:
+        """The modules that the channels pass, with those of their parameters and activations."""
+        passed = []
+        for node, _ in tied.positions:
+            if isinstance(node.module, nn.Parameter):
+                passed += [
+                    m for m in self.names if any(node.module is p for p in m._parameters.values())
+                ]
+            else:
+                passed.append(self.activations.get(node.grad_fn, node.module))
+        return [module for module in dict.fromkeys(passed) if module in self.names]
+
+    def tied(self, module: nn.Module, channels: Iterable[int]) -> Tied:
+        """Everything that output channels of a module of the copy are tied to."""
+        start = self.engine.get_pruner_of_module(module).prune_out_channels
+        found, joined = Tied(), _Joined(channels)
+        indices = [_Index(idx=channel, root_idx=channel) for channel in joined.parent]
+        waiting = [((self.engine.module2node[module], start), indices)]
+        circular = False  # a wrong mapping in a circle counts up for ever
+        while waiting:
+            side, indices = waiting.pop()
+            node, handler = side
+            if self._width(side) == 1:
+                continue  # broadcast: every channel reads the same one
+            known, fresh = found.positions.setdefault(side, {}), []
+            for index in self._aligned(side, indices):
+                if index.idx >= self.largest_axis:
+                    circular = True
+                elif index.root_idx is None:
+                    found.obstacle = found.obstacle or f"its channels are repeated heads: {HEAD}"
+                elif index.idx not in known:
+                    known[index.idx] = index.root_idx
+                    fresh.append(index)
+                elif known[index.idx] != index.root_idx:
+                    joined.join(known[index.idx], index.root_idx)
+            if self._mixes(node):
+                continue  # what lies behind is not tied, and recurrence would never end
+            for dependency in node.dependencies if fresh else ():
+                if dependency.trigger == handler:
+                    mapped = fresh
+                    for mapping in dependency.index_mapping:
+                        mapped = mapped if mapping is None else mapping(mapped)
+                    if mapped:
+                        waiting.append(((dependency.target, dependency.handler), mapped))
+        found.positions = {side: known for side, known in found.positions.items() if known}
+        found.bundle = joined.numbers()
+        for side, known in found.positions.items():
+            found.obstacle = found.obstacle or self._obstacle(side, known)
+        if circular:
+            found.obstacle = found.obstacle or "torch-pruning loses track of its channels"
+        return found
+
+    @cached_property
+    def largest_axis(self) -> int:
+        """Size of the longest axis of any tensor, which no channel's number reaches."""
+        shapes: list[tuple[int, ...]] = [
+            tuple(parameter.shape) for parameter in self.model.parameters()
+        ]
+        shapes += [shape_after(node.grad_fn) or () for node in self.engine.module2node.values()]
+        return max(size for shape in shapes for size in shape)
+
+    def _mixes(self, node: Node) -> bool:
+        outside = node.module not in self.names and node.grad_fn not in self.inside
+        return outside and mixes_channels(node)
+
+    def _width(self, side: Side) -> int | None:
+        node, _ = side
+        if node.type == OPTYPE.PARAMETER or isinstance(node.module, nn.PReLU):
+            return None
+        outward = self.outward(side)
+        width = self.engine.get_out_channels if outward else self.engine.get_in_channels
+        return None if node.type == OPTYPE.OUTPUT else width(node)
+
+    def _aligned(self, side: Side, indices: list[Any]) -> list[Any]:
+        """With the same place in all parts of a grouped convolution: all parts are of one width."""
+        node, _ = side
+        parts = getattr(node.module, "groups", 1)
+        if node.type != OPTYPE.CONV or parts == 1:
+            return indices
+        each = (self._width(side) or 0) // parts
+        return [
+            _Index(idx=index.idx % each + part * each, root_idx=index.root_idx)
+            for index in indices
+            for part in range(parts)
+        ]
+
+    def _obstacle(self, side: Side, positions: dict[int, int]) -> str:
+        node, _ = side
+        module, width = node.module, self._width(side)
+        name = self.names.get(module, "")
+        if any(module is given for given in self.inputs):
+            return "tied to the network's input"
+        if isinstance(module, MODULE_OPERATIONS):
+            return f"tied to '{name}' ({type(module).__name__}): {HEAD}"
+        if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) and module.groups > 1:
+            depthwise = module.in_channels == module.out_channels == module.groups
+            if not depthwise and (module.transposed or node.type == OPTYPE.DEPTHWISE_CONV):
+                return f"tied to '{name}', a grouped convolution whose parts cannot be aligned"
+        if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
+            return f"tied to '{name}', a LayerNorm over more than the channels"
+        if width is not None and max(positions) >= width:
+            place = name or node.type.name.lower()
+            return f"a split mixes its channels with heads, or does not fit '{place}': {HEAD}"
+        if name or node.grad_fn in self.inside:
+            return ""
+        return flatten_obstacle(node, positions) or operation_obstacle(node, max(positions) + 1)
+
+
+class _Joined:
+    """Channels that live and die together."""
+
+    def __init__(self, channels: Iterable[int]) -> None:
+        self.parent = {channel: channel for channel in channels}
+
+    def first(self, channel: int) -> int:
+        while self.parent[channel] != channel:
+            channel = self.parent[channel]
+        return channel
+
+    def join(self, one: int, two: int) -> None:
+        one, two = sorted((self.first(one), self.first(two)))
+        self.parent[two] = one
+
+    def numbers(self) -> dict[int, int]:
+        numbers: dict[int, int] = {}
+        return {c: numbers.setdefault(self.first(c), len(numbers)) for c in self.parent}
+
+
+def build_graph(model: nn.Module, example_input: Any) -> Graph:
+    """The dependency graph of a copy of ``model``; the model itself is not touched.
+
+    Args:
+        model: any module.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+
+    Raises:
+        ValueError: the model cannot be copied or run, or autograd cannot follow it.
+
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    >>> graph = build_graph(network, torch.ones(1, 3, 8, 8))
+    >>> tied = graph.tied(graph.model[0], range(8))
+    >>> tied.count, [node.type.name for node, _ in tied.positions]
+    (8, ['CONV', 'ELEMENTWISE', 'CONV'])
+    """
+    clone = model_copy(model).eval()
+    for parameter in clone.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    names = {module: canonical_name(name) for name, module in clone.named_modules()}
+    one_dimensional = any(isinstance(module, nn.Conv1d) for module in names)
+    inputs: list[tuple[nn.Parameter, int]] = []
+    device = next((parameter.device for parameter in clone.parameters()), None)
+
+    def tracked(value: Any) -> Any:
+        """The value as a parameter, so that the graph has it."""
+        value = value.to(device) if isinstance(value, Tensor) else value
+        if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() < 2:
+            return value
+        flat = value.dim() == 3  # torch-pruning takes a parameter of three axes for a position
+        parameter = nn.Parameter(value.detach().clone()[None] if flat else value.clone())
+        inputs.append((parameter, (2 if one_dimensional else 3) if flat else 1))
+        return parameter[0] if flat else parameter
+
+    arguments = mapped(tracked, example_input)
+    watch, engine = Watch(names), torch_pruning.DependencyGraph()
+    outputs: list[Tensor] = []
+
+    def run(network: nn.Module, _: Any) -> list[Tensor]:
+        found = tensors(run_example(network, arguments))
+        outputs.extend(x for x in found if x.grad_fn is not None)
+        if not outputs:
+            raise ValueError(
+                f"example_input: no output of {type(model).__name__} has a gradient, so its graph "
+                "cannot be followed; call this outside of torch.no_grad and do not detach outputs"
+            )
+        return outputs
+
+    with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
+        try:
+            with watch:
+                engine.build_dependency(
+                    clone, list(arguments), run, unwrapped_parameters=list(inputs), verbose=False
+                )
+        except ValueError:
+            raise
+        except Exception as error:
+            raise ValueError(
+                f"torch-pruning cannot follow {type(model).__name__}: {type(error).__name__}: "
+                f"{error}; 'filter', 'channel', 'head' and 'hidden' need no graph"
+            ) from error
+    ends = {output.grad_fn for output in outputs}
+    returned = {node for node in engine.module2node.values() if node.grad_fn in ends}
+    given = [parameter for parameter, _ in inputs]
+    return Graph(clone, engine, names, given, returned, watch.inside, watch.activations)

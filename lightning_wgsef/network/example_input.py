@@ -1,0 +1,208 @@
+"""A forward pass on the example that the user gave."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.backends import mha
+
+from lightning_wgsef.network.layers import weighted_layers
+
+
+def run_example(model: nn.Module, example_input: Any) -> Any:
+    """What ``model`` makes of a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+
+    Tensors are moved to the model's device.
+
+    Raises:
+        ValueError: the forward pass fails; names the shapes that were given.
+
+    >>> run_example(nn.Linear(2, 1), (nn.Linear(3, 2).weight,)) # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: example_input must be what Linear takes, a tensor, a tuple of its ...
+    """
+    inputs = on_device_of(model, example_input)
+    try:
+        return model(**inputs) if isinstance(inputs, dict) else model(*inputs)
+    except Exception as error:
+        given = mapped(
+            lambda x: tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__, inputs
+        )
+        raise ValueError(
+            f"example_input must be what {type(model).__name__} takes, a tensor, a tuple of its "
+            f"arguments or a dict of them, got {given}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def on_device_of(model: nn.Module, example_input: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments of ``forward``, tensors on the device of the model's first parameter.
+
+    >>> on_device_of(nn.Linear(2, 1), torch.ones(1, 2))[0].device
+    device(type='cpu')
+    """
+    device = next((parameter.device for parameter in model.parameters()), None)
+    return mapped(lambda x: x.to(device) if isinstance(x, Tensor) else x, example_input)
+
+
+def mapped(function: Callable[[Any], Any], example_input: Any) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments of ``forward``, each replaced by what ``function`` makes of it.
+
+    >>> mapped(len, ("a", "bc")), mapped(len, {"x": "abc"}), mapped(len, "ab")
+    ((1, 2), {'x': 3}, (2,))
+    """
+    if isinstance(example_input, Mapping):
+        return {name: function(value) for name, value in example_input.items()}
+    inputs = example_input if isinstance(example_input, tuple) else (example_input,)
+    return tuple(function(value) for value in inputs)
+
+
+def random_like(example_input: Any, seed: int = 0) -> Any:
+    """Another example: numbers drawn with the same mean and spread, others in another order.
+
+    >>> random_like((torch.tensor([[3, 4, 5]]), "mean"))[0].sort().values
+    tensor([[3, 4, 5]])
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        if not value.is_floating_point():
+            order = torch.randperm(value.numel(), generator=generator).to(value.device)
+            return value.flatten()[order].view(value.shape)
+        noise = torch.randn(value.shape, generator=generator).to(value)
+        spread = value.std() if value.numel() > 1 and bool(value.std() > 0) else 1.0
+        return noise * spread + value.mean()
+
+    return mapped(drawn, example_input)
+
+
+def doubled(example_input: Any) -> Any:
+    """The example twice, along the first axis of every tensor: norms train on two at least.
+
+    >>> doubled(torch.ones(1, 3))[0].shape
+    torch.Size([2, 3])
+    """
+    other = random_like(example_input)
+    pairs = iter(other.values() if isinstance(other, dict) else other)
+
+    def joined(value: Any) -> Any:
+        second = next(pairs)
+        return torch.cat([value, second]) if isinstance(value, Tensor) and value.dim() else value
+
+    return mapped(joined, example_input)
+
+
+def model_copy(model: nn.Module) -> nn.Module:
+    """A deep copy of a model (inside a compiled one); Lightning leaves the trainer out of it.
+
+    Raises:
+        ValueError: it cannot be copied.
+    """
+    model = getattr(model, "_orig_mod", model)
+    try:
+        copied = copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} cannot be copied, which its graph needs: "
+            f"{type(error).__name__}: {error}; make copy.deepcopy(model) work"
+        ) from error
+    for module in copied.modules():
+        # Lightning compiles methods in place: their copies would run the model itself.
+        own = [
+            x for x, value in vars(module).items() if hasattr(value, "_torchdynamo_orig_callable")
+        ]
+        for name in own if not hasattr(module, "_orig_mod") else ():
+            delattr(module, name)
+    return copied
+
+
+def tensors(value: Any) -> list[Tensor]:
+    """All tensors in what a model returns.
+
+    >>> import torch
+    >>> len(tensors({"a": torch.ones(1), "b": [torch.ones(2), None]}))
+    2
+    """
+    if isinstance(value, Tensor):
+        return [value]
+    if isinstance(value, Mapping):
+        value = list(value.values())
+    if hasattr(value, "__dataclass_fields__"):
+        value = list(vars(value).values())
+    return [x for part in value for x in tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def with_batch_size(example_input: Any, size: int) -> tuple[Any, ...] | dict[str, Any]:
+    """The arguments of ``forward`` with the batch repeated and cut to ``size`` samples.
+
+    The first axis of the first tensor is the batch, and of every tensor that is as long there.
+
+    Raises:
+        ValueError: there is no batch.
+
+    >>> with_batch_size((torch.tensor([1, 2]), torch.ones(3), "x"), 5)
+    (tensor([1, 2, 1, 2, 1]), tensor([1., 1., 1.]), 'x')
+    """
+    inputs = mapped(lambda value: value, example_input)
+    given = inputs.values() if isinstance(inputs, dict) else inputs
+    first = next((value for value in given if isinstance(value, Tensor)), None)
+    if first is None or not first.dim() or not len(first):
+        found = "no tensor" if first is None else f"shape {tuple(first.shape)}"
+        raise ValueError(f"example_input must begin with a tensor of samples, got {found}")
+    batch = len(first)
+
+    def resized(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim() or len(value) != batch:
+            return value
+        return value[torch.arange(size, device=value.device) % batch]
+
+    return mapped(resized, example_input)
+
+
+@contextmanager
+def evaluation(*models: nn.Module) -> Iterator[None]:
+    """Evaluation mode, with the mode of every module restored."""
+    with ExitStack() as undo:
+        for model in models:
+            for module in model.modules():
+                undo.callback(setattr, module, "training", module.training)
+            model.eval()
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its first parameter is; the CPU if it has none."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, before: Callable[[str], None], after: Callable[[str], None]
+) -> Iterator[None]:
+    """Evaluation mode without gradients, in which every call of a weighted layer is announced."""
+    with ExitStack() as undo, torch.no_grad():
+        for module in model.modules():
+            undo.callback(setattr, module, "training", module.training)
+        model.eval()
+        # The fast path of torch's attention passes by the layers inside and the counter.
+        undo.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+        mha.set_fastpath_enabled(False)
+        if hasattr(torch.compiler, "set_stance"):  # compiled code ignores hooks set after it
+            undo.enter_context(torch.compiler.set_stance("force_eager"))
+        for layer in weighted_layers(model):
+            hook = layer.module.register_forward_pre_hook(lambda *_, n=layer.name: before(n))
+            undo.callback(hook.remove)
+            hook = layer.module.register_forward_hook(lambda *_, n=layer.name: after(n))
+            undo.callback(hook.remove)
+        yield
+
+
+def _gpu(model: nn.Module) -> torch.device | None:
+    return next((p.device for p in model.parameters() if p.is_cuda), None)

@@ -1,0 +1,268 @@
+"""Cutting a network: what stays of it as plain data (`RemovalPlan`), and the plans for channels."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_wgsef.network.channels import parameter_axis
+from lightning_wgsef.network.dependency_graph import Graph, Side, Tied
+from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
+from lightning_wgsef.network.operations import OPTYPE
+from lightning_wgsef.network.slim_modules import Skip, SlimAttention
+
+Size = int | tuple[int, ...]
+
+
+@dataclass(eq=False)
+class RemovalPlan:
+    """Slices that are taken out of tensors, and the sizes that modules say they have.
+
+    Attributes:
+        kept: indices that stay, by name of the parameter or buffer and by axis.
+        sizes: new values of attributes, by name of the module.
+        heads: heads that stay, by name of an `nn.MultiheadAttention`.
+        biases: names of layers that get a bias which they did not have.
+        skipped: names of residual blocks of which only the shortcut stays.
+
+    >>> plan = RemovalPlan()
+    >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
+    >>> plan.remove("0", network[0], "weight", 0, [1])
+    >>> plan.remove("0", network[0], "bias", 0, [1])
+    >>> plan.remove("1", network[1], "weight", 1, [1])
+    >>> plan.resize("0", network[0], "out_features", 1)
+    >>> plan.apply(network)
+    >>> network[0].weight.shape, network[1].weight.shape, network[0].out_features
+    (torch.Size([2, 4]), torch.Size([1, 2]), 2)
+    """
+
+    kept: dict[str, dict[int, list[int]]] = field(default_factory=dict)
+    sizes: dict[str, dict[str, Size]] = field(default_factory=dict)
+    heads: dict[str, list[int]] = field(default_factory=dict)
+    biases: list[str] = field(default_factory=list)
+    skipped: list[str] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        """Is there anything to take out?"""
+        return bool(self.kept or self.skipped or self.biases)
+
+    def remove(
+        self, name: str, module: nn.Module, tensor: str, axis: int, positions: Iterable[int]
+    ) -> None:
+        """Take slices out of a parameter or buffer of the module, which has this canonical name.
+
+        What the module does not have, such as a bias, is passed over.
+        """
+        value = getattr(module, tensor, None)
+        if isinstance(value, Tensor):
+            axes = self.kept.setdefault(f"{name}.{tensor}".lstrip("."), {})
+            gone = set(positions)
+            stay = axes.get(axis, range(value.shape[axis]))
+            axes[axis] = [position for position in stay if position not in gone]
+
+    def resize(self, name: str, module: nn.Module, attribute: str, less: int) -> None:
+        """Lower an attribute that holds a number, or a tuple of which the last is it."""
+        sizes = self.sizes.setdefault(name, {})
+        value = sizes.get(attribute, getattr(module, attribute))
+        sizes[attribute] = (
+            value - less if isinstance(value, int) else (*value[:-1], value[-1] - less)
+        )
+
+    def apply(self, model: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Make ``model`` smaller, in place.
+
+        The parameters stay the same objects, so that ties, hooks, flags and an optimizer's
+        references survive; gradients are dropped.
+
+        Args:
+            model: the network that the plan is of.
+            optimizer: its state is cut as the parameters are; see `check_optimizer`.
+        """
+        gone = [p for name in self.skipped for p in modules_by_name(model)[name].parameters()]
+        for name in self.skipped:
+            _put(model, name, Skip())
+        if optimizer is not None:
+            _forget(optimizer, gone)
+        modules, done = modules_by_name(model), set[int]()
+        for name, heads in self.heads.items():
+            attention = modules[name]
+            if not isinstance(attention, nn.MultiheadAttention):
+                raise ValueError(f"'{name}' is a {type(attention).__name__}, which has no heads")
+            SlimAttention.of(attention, heads)
+        for name in self.biases:
+            _add_bias(modules[name], optimizer)
+        for module in modules.values():
+            if isinstance(module, nn.TransformerEncoder) and self.heads:
+                module.use_nested_tensor = False  # nested tensors take all heads for granted
+        for name, axes in self.kept.items():
+            path, _, tensor = name.rpartition(".")
+            value = getattr(modules[path], tensor)
+            if id(value) in done:
+                continue  # tied: cut under its other name
+            if isinstance(value, nn.Parameter):
+                state = {} if optimizer is None else optimizer.state.get(value, {})
+                for key, entry in state.items():
+                    if isinstance(entry, Tensor) and entry.shape == value.shape:
+                        state[key] = _cut(entry, axes)
+                value.grad = None
+                value.data = _cut(value.detach(), axes)
+                done.add(id(value))
+            else:
+                setattr(modules[path], tensor, _cut(value, axes))
+        for path, sizes in self.sizes.items():
+            for attribute, size in sizes.items():
+                setattr(modules[path], attribute, size)
+
+
+def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
+    """Raise `ValueError` unless the optimizer's state can be cut with the parameters.
+
+    Every entry must be shaped like its parameter, or be a number.
+
+    >>> model = nn.Linear(2, 1)
+    >>> check_optimizer(model, torch.optim.Adam(model.parameters()))
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter, state in optimizer.state.items():
+        for key, entry in state.items():
+            whole = not isinstance(entry, Tensor) or entry.shape == parameter.shape
+            if not whole and entry.numel() > 1:
+                raise ValueError(
+                    f"optimizer: {type(optimizer).__name__} keeps {key!r} of shape "
+                    f"{tuple(entry.shape)} for '{names.get(id(parameter))}' of shape "
+                    f"{tuple(parameter.shape)}; only what is shaped like the parameter can be cut: "
+                    "leave optimizer out, and make a new one for the slim network"
+                )
+
+
+def _add_bias(layer: Any, optimizer: Optimizer | None) -> None:
+    """Give a layer a bias of zeros; it is trained as the weight is."""
+    layer.bias = nn.Parameter(
+        layer.weight.new_zeros(WeightedLayer("", layer).outputs),
+        requires_grad=layer.weight.requires_grad,
+    )
+    for group in optimizer.param_groups if optimizer is not None else ():
+        if any(parameter is layer.weight for parameter in group["params"]):
+            group["params"].append(layer.bias)
+
+
+def _cut(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:
+    for axis, kept in axes.items():
+        index = torch.tensor(kept, dtype=torch.long, device=tensor.device)
+        tensor = tensor.index_select(axis, index)
+    return tensor
+
+
+def _forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:
+    gone = {id(parameter) for parameter in parameters}
+    for parameter in parameters:
+        optimizer.state.pop(parameter, None)
+    for group in optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if id(p) not in gone]
+
+
+def _put(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Replace every module of this canonical name, wrapped or not."""
+    own = modules_by_name(model)[name]
+    for parent in list(model.modules()):
+        for child, value in list(parent.named_children()):
+            if value is own:
+                setattr(parent, child, module)
+
+
+_NORM_TENSORS = ("weight", "bias", "running_mean", "running_var")
+
+# Types of nodes that produce and read the same channels: the sizes of their modules.
+_PASSED = {
+    OPTYPE.BN: ("num_features",),
+    OPTYPE.IN: ("num_features",),
+    OPTYPE.GN: ("num_channels",),
+    OPTYPE.LN: ("normalized_shape",),
+    OPTYPE.PRELU: ("num_parameters",),
+    OPTYPE.DEPTHWISE_CONV: ("in_channels", "out_channels", "groups"),
+}
+
+
+def channel_removal(graph: Graph, removals: Iterable[tuple[Tied, Collection[int]]]) -> RemovalPlan:
+    """The plan that takes bundles of channels out of the model that the graph was built of.
+
+    Args:
+        graph: the graph of the model.
+        removals: sets of tied channels, with the numbers of the bundles that go.
+
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> import torch
+    >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 4, 3))
+    >>> graph = build_graph(network, torch.ones(1, 3, 8, 8))
+    >>> plan = channel_removal(graph, [(graph.tied(graph.model[0], range(8)), {0, 1, 2})])
+    >>> plan.apply(network)
+    >>> network[0], network[1].num_features, network[2].weight.shape
+    (Conv2d(3, 5, kernel_size=(3, 3), stride=(1, 1)), 5, torch.Size([4, 5, 3, 3]))
+    """
+    gone: dict[Side, set[int]] = {}
+    widths: dict[Side, int] = {}
+    for tied, bundles in removals:
+        for side, roots in tied.positions.items():
+            removed = {place for place, root in roots.items() if tied.bundle[root] in bundles}
+            gone.setdefault(side, set()).update(removed)
+            widths[side] = len(roots)
+    plan = RemovalPlan()
+    for side, positions in gone.items():
+        if positions:
+            _cut_side(plan, graph, side, sorted(positions), widths[side])
+    return plan
+
+
+def _cut_side(
+    plan: RemovalPlan, graph: Graph, side: Side, positions: list[int], width: int
+) -> None:
+    node, _ = side
+    module, less = node.module, len(positions)
+    if node.type == OPTYPE.PARAMETER:
+        _cut_parameter(plan, graph, module, positions, width)
+        return
+    if module not in graph.names:
+        return
+    name = graph.names[module]
+
+    def remove(tensor: str, axis: int, places: list[int]) -> None:
+        plan.remove(name, module, tensor, axis, places)
+
+    if node.type in _PASSED:
+        if node.type == OPTYPE.PRELU and module.num_parameters == 1:
+            return
+        for tensor in _NORM_TENSORS:
+            remove(tensor, 0, positions)
+        for size in _PASSED[node.type]:
+            plan.resize(name, module, size, less)
+    elif node.type == OPTYPE.EMBED:
+        remove("weight", 1, positions)
+        plan.resize(name, module, "embedding_dim", less)
+    elif node.type in (OPTYPE.CONV, OPTYPE.LINEAR):
+        kind = "channels" if node.type == OPTYPE.CONV else "features"
+        across = int(getattr(module, "transposed", False))
+        if graph.outward(side):
+            remove("weight", across, positions)
+            remove("bias", 0, positions)
+            plan.resize(name, module, f"out_{kind}", less)
+        else:
+            # The parts of a grouped convolution are cut alike; its weight shows one of them.
+            each = module.weight.shape[1 - across]
+            remove("weight", 1 - across, [place for place in positions if place < each])
+            plan.resize(name, module, f"in_{kind}", less)
+
+
+def _cut_parameter(
+    plan: RemovalPlan, graph: Graph, parameter: nn.Parameter, positions: list[int], width: int
+) -> None:
+    for module, name in graph.names.items():
+        for tensor, own in module.named_parameters(recurse=False):
+            if own is parameter:
+                plan.remove(name, module, tensor, parameter_axis(own, width), positions)
+                if getattr(module, "normalized_shape", None) is not None:  # RMSNorm
+                    plan.resize(name, module, "normalized_shape", len(positions))

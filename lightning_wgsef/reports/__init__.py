@@ -1,0 +1,1 @@
+"""What is sparse, what networks need, and plots of both."""

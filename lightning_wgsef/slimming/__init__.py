@@ -1,0 +1,1 @@
+"""A physically smaller network without its zero groups, proved equivalent."""

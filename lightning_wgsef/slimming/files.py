@@ -1,0 +1,220 @@
+"""A slim network as one file, and back, without a class of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import reprlib
+from collections.abc import Callable
+from dataclasses import asdict
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lightning_wgsef.network.layers import canonical_name, modules_by_name
+from lightning_wgsef.network.surgery import RemovalPlan
+from lightning_wgsef.slimming.slim import Slimming
+from lightning_wgsef.utils.files import check_writable, whole_file
+
+_FORMAT = "lightning_wgsef slim network, version 1"
+
+
+def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Write a network that `slim` made: its weights, and what was taken out where.
+
+    One file in the safetensors format: the state_dict, and in its header as JSON the indices that
+    stay, so that `load_slim` can rebuild the network from the class it had before.
+
+    Args:
+        model: a network with ``slimming``, as `slim` returns it.
+        path: the file; it appears when it is complete.
+
+    Raises:
+        ValueError: no such network, a path that cannot be written, or a disk that is full.
+    """
+    record = getattr(model, "slimming", None)
+    if not isinstance(record, Slimming):
+        raise ValueError(
+            f"model must be what slim returned: {type(model).__name__} has no 'slimming'"
+        )
+    tensors: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for raw, value in model.state_dict(keep_vars=True).items():
+        name = canonical_name(raw)
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state_dict: {name!r} is a {type(value).__name__}, not a tensor")
+        if id(value) in first:
+            tied[name] = first[id(value)]
+        else:
+            first[id(value)] = name
+            tensors[name] = value.detach().contiguous().cpu()
+    header = {
+        "format": _FORMAT,
+        "model": type(model).__name__,
+        "plans": json.dumps([asdict(plan) for plan in record.plans]),
+        "tied": json.dumps(tied),
+    }
+    with whole_file(path) as temporary:
+        try:
+            save_file(tensors, temporary, header)
+        except (OSError, safetensors.SafetensorError) as error:
+            raise ValueError(f"path: {path} could not be written: {error}") from error
+
+
+def check_slim_path(path: str | os.PathLike[str]) -> None:
+    """Raise `ValueError` unless a slim network can be written at ``path``, with a report beside it.
+
+    >>> check_slim_path("small.pt")
+    Traceback (most recent call last):
+    ...
+    ValueError: path must end in .safetensors, the format of slim networks, got 'small.pt'
+    """
+    if Path(path).suffix != ".safetensors":
+        raise ValueError(
+            f"path must end in .safetensors, the format of slim networks, got {os.fspath(path)!r}"
+        )
+    check_writable(path)
+
+
+def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module]) -> nn.Module:
+    """Rebuild a network that `save_slim` wrote.
+
+    Nothing in the file is executed: it holds numbers and JSON.
+
+    Args:
+        path: the file.
+        make_model: makes the network as it was before `slim`, such as its class; its weights do not
+            matter.
+
+    Returns:
+        The slim network, on the CPU, in evaluation mode: ``train()`` it before training it on.
+
+    Raises:
+        ValueError: the file is missing, truncated, or of another kind, or ``make_model`` makes
+            another network than the one that was made smaller.
+
+    >>> import tempfile
+    >>> import torch
+    >>> from lightning_wgsef.slimming.slim import slim
+    >>> def make():
+    ...     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> network = make()
+    >>> _ = network[2].weight.data[:, 3:].zero_()
+    >>> small = slim(network, torch.ones(1, 4))
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     save_slim(small, f"{folder}/small.safetensors")
+    ...     again = load_slim(f"{folder}/small.safetensors", make)
+    >>> again[0].out_features, torch.equal(again(torch.ones(1, 4)), small(torch.ones(1, 4)))
+    (3, True)
+    >>> print(again.slimming)
+    58 -> 23 parameters (39.7%)
+    """
+    header, tensors = _read(Path(path))
+    try:
+        plans = [_plan(values) for values in json.loads(header["plans"])]
+        tied = {str(name): str(other) for name, other in json.loads(header["tied"]).items()}
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
+    model = make_model()
+    model = getattr(model, "_orig_mod", model)
+    before = sum(parameter.numel() for parameter in model.parameters())
+    made = f"make_model makes another network than the {header.get('model')} that became {path}"
+    try:
+        for plan in plans:
+            _check_plan(plan, model)
+            plan.apply(model)
+    except Exception as error:  # a plan of another network can fail in any way
+        raise ValueError(f"{made}: {type(error).__name__}: {error}") from error
+    own = {canonical_name(name): name for name in model.state_dict()}
+    state = {name: tensors[tied.get(name, name)] for name in own if tied.get(name, name) in tensors}
+    missing, foreign = own.keys() - state.keys(), (tensors.keys() | tied.keys()) - own.keys()
+    if missing or foreign:
+        raise ValueError(f"{made}: missing {sorted(missing)}, not known {sorted(foreign)}")
+    for name, raw in own.items():
+        mine, found = model.state_dict()[raw], state[name]
+        if mine.shape != found.shape or not torch.can_cast(found.dtype, mine.dtype):
+            raise ValueError(
+                f"{made}: {name!r} has shape {tuple(mine.shape)} and is {mine.dtype}, the file has "
+                f"{tuple(found.shape)}, {found.dtype}"
+            )
+    model.load_state_dict({own[name]: value for name, value in state.items()})
+    after = sum(parameter.numel() for parameter in model.parameters())
+    model.slimming = Slimming(plans, parameters=(before, after))
+    return model.eval()
+
+
+def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"path: there is no file {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            names = file.keys()  # an open file is no mapping: it cannot be iterated over
+            tensors = {name: file.get_tensor(name) for name in names}
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"path: {path} is truncated or no safetensors file: {error}") from error
+    if header.get("format") != _FORMAT:
+        raise ValueError(
+            f"path: {path} must be a file of save_slim ({_FORMAT}), got {header.get('format')!r}"
+        )
+    return header, tensors
+
+
+def _plan(values: dict[str, Any]) -> RemovalPlan:
+    """A plan from JSON, in which keys are text and tuples are lists."""
+    kept = {
+        name: {int(axis): indices for axis, indices in axes.items()}
+        for name, axes in values.pop("kept").items()
+    }
+    sizes = {
+        module: {
+            name: tuple(size) if isinstance(size, list) else size for name, size in own.items()
+        }
+        for module, own in values.pop("sizes").items()
+    }
+    return RemovalPlan(kept=kept, sizes=sizes, **values)
+
+
+def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
+    """Raise `ValueError` unless the plan takes something out of ``model``, and does nothing else.
+
+    Indices that repeat would make it larger, up to all of the memory.
+    """
+    modules = modules_by_name(model)
+    for name, heads in plan.heads.items():
+        attention = modules[name]
+        if not isinstance(attention, nn.MultiheadAttention):
+            raise ValueError(f"'{name}' is a {type(attention).__name__}, which has no heads")
+        _check_increasing(f"heads[{name!r}]", heads, attention.num_heads)
+    for name, axes in plan.kept.items():
+        path, _, tensor = name.rpartition(".")
+        shape = getattr(modules[path], tensor).shape
+        for axis, kept in axes.items():
+            _check_increasing(f"kept[{name!r}][{axis}]", kept, shape[axis])
+    for path, sizes in plan.sizes.items():
+        for attribute, size in sizes.items():
+            before = getattr(modules[path], attribute)
+            if not _is_smaller(size, before):
+                raise ValueError(
+                    f"sizes[{path!r}]: {attribute} of {before!r} cannot be {reprlib.repr(size)}"
+                )
+
+
+def _check_increasing(name: str, indices: Any, size: int) -> None:
+    whole = isinstance(indices, list) and all(type(index) is int for index in indices)
+    if not whole or any(a >= b for a, b in pairwise([-1, *indices, size])):
+        raise ValueError(
+            f"{name} must be increasing indices below {size}, got {reprlib.repr(indices)}"
+        )
+
+
+def _is_smaller(size: object, before: object) -> bool:
+    if isinstance(size, tuple) and isinstance(before, tuple) and len(size) == len(before):
+        return all(map(_is_smaller, size, before))
+    return type(size) is int and type(before) is int and 0 <= size <= before

@@ -1,0 +1,159 @@
+"""Masks: which groups are alive, kept that way after the freeze; and when they have converged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+
+from lightning_wgsef.groups.grouped_layer import on_model
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.members import Member
+from lightning_wgsef.network.layers import canonical_name
+
+Masks = dict[str, Tensor]
+"""For every layer, by name, a boolean for every group: alive?"""
+
+
+def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = None) -> Masks:
+    """The masks that the weights already have: a group is dead where all its weights are zero.
+
+    Args:
+        groups: the groups of a model, as `group_parameters` makes them.
+        state_dict: look at these weights instead of the model's own.
+
+    Raises:
+        ValueError: no group is zero, or ``state_dict`` lacks a weight or has another shape.
+
+    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
+    >>> network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
+    >>> _ = network[1].weight.data[:, 1].zero_()
+    >>> masks_from_zeros(group_parameters(network, "channel"))
+    {'1': tensor([ True, False,  True])}
+    """
+    values = None
+    if state_dict is not None:
+        values = {canonical_name(str(name)): tensor for name, tensor in state_dict.items()}
+        for layer in groups.layers:
+            for member in layer.members:
+                _check_like(member.name, values.get(member.name), member.parameter)
+    alive = groups.alive(values)
+    if bool(alive.all()):
+        raise ValueError(
+            f"no group is zero in {', '.join(layer.name for layer in groups.layers)}: these "
+            "weights are not pruned; take those of a pruned network, with the grouping it had"
+        )
+    return groups.split(alive)
+
+
+def given_masks(groups: Groups, masks: str | Path) -> Masks:
+    """`masks_from_zeros` for "from_zeros", else those of the checkpoint at this path."""
+    if masks == "from_zeros":
+        return masks_from_zeros(groups)
+    return masks_from_checkpoint(groups, masks)
+
+
+def within_masks(groups: Groups, masks: Mapping[str, Tensor]) -> Groups:
+    """The groups, with what is alive as their budgets; n:m budgets stay.
+
+    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
+    >>> groups = group_parameters(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), k=1.0)
+    >>> within_masks(groups, {"1": torch.tensor([True, False, True])}).budgets.tolist()
+    [2.0]
+    """
+    layers = []
+    for layer in groups.layers:
+        alive = masks[layer.name].cpu()
+        costs = torch.ones(layer.count) if layer.costs is None else layer.costs.cpu()
+        budget = float(costs.double()[alive].sum()) or float(costs.min())  # a budget is positive
+        layers.append(layer if layer.contest else replace(layer, budget=budget))
+    of_all = sum(layer.budget for layer in layers) if groups.is_global else None
+    return Groups(layers, groups.left_out, of_all)
+
+
+def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:
+    """Set dead groups to exactly zero, in place."""
+    for member, dead in _dead(groups, masks):
+        member.seen(member.weights).masked_fill_(dead, 0)
+
+
+def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor]) -> None:
+    """Set dead groups to zero in a copy of the model, such as an average of its weights.
+
+    An average that torch wraps keeps the model under the name "module".
+
+    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> average = torch.optim.swa_utils.AveragedModel(network)
+    >>> masks = {"1": torch.tensor([True, False, True])}
+    >>> apply_masks_to(average, group_parameters(network, "channel"), masks)
+    >>> average.module[1].weight[:, 1].tolist(), bool(network[1].weight.all())
+    ([0.0, 0.0], True)
+    """
+    inner = module.module if isinstance(module, AveragedModel) else module
+    layers = [layer for layer in groups.layers if layer.name in masks]
+    apply_masks(Groups(on_model(layers, inner)), masks)
+
+
+def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:
+    """Zero the optimizer's moments of dead groups: all state that is shaped like its parameter.
+
+    A `ZeroRedundancyOptimizer` keeps the state of this process in an optimizer of its own.
+    """
+    local = getattr(optimizer, "optim", None)
+    holder = local if isinstance(local, Optimizer) else optimizer
+    for member, dead in _dead(groups, masks):
+        for value in holder.state.get(member.parameter, {}).values():
+            if isinstance(value, Tensor) and value.shape == member.parameter.shape:
+                member.seen(member.own(value)).masked_fill_(dead.to(value.device), 0)
+
+
+def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
+    """The masks of the weights in a checkpoint: Lightning's, or a plain ``state_dict``.
+
+    Raises:
+        ValueError: no such file, not a checkpoint, of another model, or without a zero group.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of something else fails in any way inside the unpickler
+        # torch's own words recommend to execute the file.
+        raise ValueError(
+            f"masks: {str(path)!r} cannot be read as a checkpoint: there is no such file, or it is "
+            f"truncated, or holds more than numbers and text ({type(error).__name__})"
+        ) from error
+    state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state_dict, dict):
+        raise ValueError(
+            f"masks: {str(path)!r} holds {type(content).__name__}, no state_dict; take a Lightning "
+            "checkpoint, or a file of torch.save(model.state_dict(), ..)"
+        )
+    return masks_from_zeros(groups, state_dict)
+
+
+def _dead(groups: Groups, masks: Mapping[str, Tensor]) -> Iterator[tuple[Member, Tensor]]:
+    """Every member, and which of its weights are dead, to broadcast with them."""
+    nobody = torch.zeros(0, dtype=torch.bool, device=groups.device)
+    alive = torch.cat([nobody, *(masks[layer.name].to(groups.device) for layer in groups.layers)])
+    for member, part in zip(groups.members, groups.spread(alive, True), strict=True):
+        yield member, ~member.laid(part)
+
+
+def _check_like(name: str, found: object, parameter: Tensor) -> None:
+    if not isinstance(found, Tensor):
+        raise ValueError(f"the checkpoint has no weight '{name}': it is of another model")
+    if not found.is_floating_point() or found.layout != torch.strided or found.is_meta:
+        raise ValueError(
+            f"the checkpoint's '{name}' must be a dense tensor of floats, it has dtype "
+            f"{found.dtype}, layout {found.layout} and is on {found.device}"
+        )
+    if found.shape != parameter.shape:
+        raise ValueError(
+            f"the checkpoint's '{name}' has shape {tuple(found.shape)}, the model's has "
+            f"{tuple(parameter.shape)}: it is of another model"
+        )

@@ -1,0 +1,293 @@
+"""One proximal step on the weights of groups: how they are measured, scaled and projected."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.penalties.base import Penalty
+from lightning_wgsef.penalties.envelope import Envelope, prox_multipliers
+from lightning_wgsef.penalties.preconditioned import metric_shares, tangent_shares
+from lightning_wgsef.penalties.problem import Problem
+from lightning_wgsef.training.group_preconditioner import LARGEST, GroupMetric
+from lightning_wgsef.training.preconditioners import preconditioner
+from lightning_wgsef.training.schedules import Schedule
+from lightning_wgsef.training.scope import Competitors
+
+METRICS = ("auto", "group", "identity")
+
+# Shares that the warm-started metric prox may be off by: a tangent's error is quadratic.
+_SHARE_TOLERANCE = 1e-3
+
+_TANGENTS = 4
+
+# A low-precision weight is moved once that moves it by several units in the last place.
+_UNITS = 4
+
+
+def check_step(
+    metric: str, penalty: Penalty, schedule: Schedule, debias: float, scope: str
+) -> None:
+    """Raise `ValueError` for an unknown metric, and for what does not go together."""
+    if metric not in METRICS:
+        raise ValueError(f"metric must be 'auto', 'group' or 'identity', got {metric!r}")
+    if isinstance(penalty, type) or not all(
+        callable(getattr(penalty, name, None)) for name in ("value", "multipliers")
+    ):
+        raise ValueError(f"penalty must be Envelope() or GroupLasso(), got {penalty!r}")
+    if metric != "identity" and scope == "global" and not schedule.homotopy:
+        raise ValueError(
+            f"metric must be 'identity' with scope='global' and lam={schedule}, got {metric!r}"
+        )
+    if isinstance(penalty, Envelope):
+        return
+    if schedule.homotopy:
+        raise ValueError(
+            f"lam must be a number or Warmup(...) with penalty={penalty}, got {schedule}, which "
+            "ends with exactly the groups of a budget: only Envelope() has one"
+        )
+    if scope == "global":
+        raise ValueError(f"scope must be 'layer' with penalty={penalty}, which has no budget")
+    if metric != "identity" or debias:
+        raise ValueError(
+            f"metric must be 'identity' and debias 0 with penalty={penalty}, got {metric!r}, "
+            f"{debias}"
+        )
+
+
+class ProximalStep:
+    r"""The proximal step of a penalty on the groups that ``optimizer`` trains.
+
+    Args:
+        groups: the groups; their budgets are looked up at every step.
+        optimizer: read for its learning rates and its metric.
+        schedule: step sizes over training.
+        debias: see `prox_multipliers`.
+        penalty: what is stepped on.
+        metric: "identity"; "auto", the diagonal D that the optimizer steps in; or "group", the mean
+            of D over every group. A homotopy measures norms in the metric,
+            :math:`a_j^2 = \sum_i D_i \theta_i^2`, and scales whole groups.
+        total_steps: how many steps training lasts, if known.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        optimizer: Optimizer,
+        *,
+        schedule: Schedule,
+        debias: float,
+        penalty: Penalty,
+        metric: str,
+        total_steps: int | None,
+    ) -> None:
+        self.groups = groups
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.debias = debias
+        self.penalty = penalty
+        self.total_steps = total_steps
+        self.size: float | Tensor = 0.0
+        self._owner = self._param_groups_of_layers()
+        self._resolution = self._lowest_resolution()
+        self._remainder: Tensor | None = None  # factors that were too near to 1 to be applied
+        self._shares: Tensor | None = None
+        self._metric: GroupMetric | None = None
+        self._exact = metric == "auto" and not schedule.homotopy
+        if metric != "identity" and (adapter := preconditioner(optimizer)) is not None:
+            self._metric = GroupMetric(groups, optimizer, adapter)
+            if self._exact and self._resolution:
+                self._exact = False
+                warnings.warn(
+                    "metric='auto' scales weights one by one, which bfloat16 and float16 are too "
+                    "coarse for: metric='group' is used instead (pass it to silence this)",
+                    stacklevel=2,
+                )
+        self._averaged = metric == "group"
+
+    @torch.no_grad()
+    def norms(self) -> Tensor:
+        """Norm of every group as the competition measures it, shape (m,)."""
+        if self._metric is not None:
+            self._metric.refresh()
+        metric = self._metric if self.schedule.homotopy else None
+        if metric is None:
+            norms = self.groups.norms()
+        elif self._averaged:
+            norms = self.groups.norms() * metric.means().sqrt()
+        else:
+            norms = metric.norms()
+        return norms if self._remainder is None else norms * self._remainder
+
+    def take(self, norms: Tensor, taken: int, budgets: Tensor, allowed: Tensor | None) -> None:
+        """Step, with the norms that `norms` gave.
+
+        Args:
+            norms: shape (m,).
+            taken: number of steps before this one.
+            budgets: K of every segment, shape (S,).
+            allowed: a boolean, shape (): nothing changes where it is false; None: true.
+        """
+        self.groups.weigh(norms)
+        self.size = self._step_size(norms, taken)
+        if isinstance(self.size, float) and self.size == 0:
+            return
+        if self._metric is not None and self._exact:
+            self._take_in_metric(self._metric, norms, budgets, allowed)
+            return
+        factors = self._factors(Competitors(self.groups, norms, budgets))
+        self.scale_(factors if allowed is None else torch.where(allowed, factors, 1))
+
+    @torch.no_grad()
+    def scale_(self, factors: Tensor) -> None:
+        """Multiply every group by its factor; what low precision would lose is kept for later."""
+        if self._resolution:
+            remainder = factors if self._remainder is None else factors * self._remainder
+            due = remainder <= 1 - self._resolution
+            factors = torch.where(due, remainder, 1)
+            self._remainder = torch.where(due, 1, remainder)
+        self.groups.scale_(factors)
+
+    def settle(self) -> None:
+        """Apply what was kept for later, as well as the precision allows."""
+        if self._remainder is not None:
+            self.groups.scale_(self._remainder)
+            self._remainder = None
+
+    def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
+        """The projection onto the budgets: is a group kept? Booleans, shape (m,)."""
+        self.groups.weigh(norms)
+        competitors = Competitors(self.groups, norms, budgets)
+        factors = prox_multipliers(
+            self._in_metric_of_weights(competitors.norms),
+            1.0,
+            competitors.budgets,
+            costs=self.groups.costs,
+            segments=self.groups.segments,
+            debias=1.0,
+        )
+        return (competitors.with_seeded(factors, 1.0) > 0) & (norms > 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs."""
+        return {"remainder": self._remainder, "shares": self._shares}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        device = self.groups.device
+        remainder, shares = state["remainder"], state["shares"]
+        self._remainder = None if remainder is None else remainder.to(device)
+        self._shares = None if shares is None else shares.to(device)
+
+    def _factors(self, competitors: Competitors) -> Tensor:
+        groups, norms, budgets = self.groups, competitors.norms, competitors.budgets
+        if self.schedule.homotopy:
+            factors = prox_multipliers(
+                self._in_metric_of_weights(norms),
+                self.size,
+                budgets,
+                costs=groups.costs,
+                segments=groups.segments,
+                debias=1.0,
+                anchored=True,
+            )
+            return competitors.with_seeded(factors, 1.0)
+        if groups.is_global:
+            # In the metric of the weights, which make layers comparable: they are no heavier ridge.
+            factors = self.penalty.multipliers(
+                self._in_metric_of_weights(norms),
+                self.size,
+                budgets,
+                costs=groups.costs,
+                segments=groups.segments,
+                debias=self.debias,
+            )
+            size = torch.as_tensor(self.size, dtype=torch.float64, device=norms.device)
+            return competitors.with_seeded(factors, 1 / (1 + size * (1 - self.debias)))
+        if self._metric is None:
+            return self.penalty.multipliers(
+                norms, self.size, budgets, debias=self.debias, **groups.competition
+            )
+        thresholds = self._thresholds(norms)
+        # With D constant in a group one tangent is exact, wherever it is taken: here at u = 0.
+        means = self._metric.means().to(thresholds)
+        limited = thresholds
+        if self.debias > 0:
+            limited = torch.minimum(thresholds, LARGEST / self.debias * means)
+        reduced = means - self.debias * limited
+        squares = (means * norms / limited).square() * (limited / thresholds)
+        shares = tangent_shares(
+            Problem(norms, budgets, **groups.competition),
+            squares,
+            squares * reduced / limited,
+            torch.zeros_like(thresholds),
+        )
+        kept = means * shares  # as a sum, so that the factor of a share of 1 can be exactly 1
+        factors = kept / (kept + limited * (1 - self.debias * shares))
+        return torch.where(thresholds > 0, factors, 1).to(norms.dtype)
+
+    def _take_in_metric(
+        self, metric: GroupMetric, norms: Tensor, budgets: Tensor, allowed: Tensor | None
+    ) -> None:
+        thresholds = self._thresholds(norms)
+        self._shares = metric_shares(
+            Problem(norms, budgets, **self.groups.competition),
+            lambda shares: metric.sums(shares, thresholds, self.debias),
+            torch.ones_like(thresholds) if self._shares is None else self._shares,
+            thresholds,
+            tolerance=_SHARE_TOLERANCE,
+            rounds=_TANGENTS,
+        )
+        metric.scale_(self._shares, thresholds, self.debias, allowed)
+
+    def _thresholds(self, norms: Tensor) -> Tensor:
+        """The step size times the weight of every group, shape (m,), float64."""
+        size = torch.as_tensor(self.size, dtype=torch.float64, device=norms.device)
+        sizes = self.groups.segments.spread(size.expand(self.groups.segments.count))
+        return sizes if self.groups.weights is None else sizes * self.groups.weights
+
+    def _step_size(self, norms: Tensor, taken: int) -> float | Tensor:
+        size = self.schedule.step_size(taken, self.total_steps, self._lr())
+        if self.schedule.homotopy or self.debias == 0 or self._metric is not None:
+            return size
+        # Beyond this the step is no proximal step: it stops at the projection.
+        weights = None if self.groups.is_global else self.groups.weights
+        heaviest = 1.0 if weights is None else weights.max().double()
+        step = torch.as_tensor(size, dtype=torch.float64, device=norms.device)
+        return torch.minimum(step, torch.as_tensor(1 / (self.debias * heaviest)).to(step))
+
+    def _in_metric_of_weights(self, norms: Tensor) -> Tensor:
+        return norms if self.groups.weights is None else norms * self.groups.weights.sqrt()
+
+    def _lowest_resolution(self) -> float:
+        """The relative change that is applied at once; 0 where every weight has full precision."""
+        kinds = {member.parameter.dtype for member in self.groups.members}
+        coarse = [torch.finfo(kind).eps for kind in kinds if kind.itemsize < 4]
+        return _UNITS * max(coarse, default=0.0)
+
+    def _param_groups_of_layers(self) -> list[int]:
+        places = {
+            id(parameter): number
+            for number, param_group in enumerate(self.optimizer.param_groups)
+            for parameter in param_group["params"]
+        }
+        return [places[id(layer.largest_member.parameter)] for layer in self.groups.layers]
+
+    def _lr(self) -> float | Tensor:
+        """Learning rate: one number, or one for every layer where they differ, shape (S,)."""
+        rates = [self.optimizer.param_groups[number]["lr"] for number in self._owner]
+        first: float | Tensor = rates[0]
+        # Tensors are not compared: that would wait for the device they are on.
+        if len(set(self._owner)) == 1 or all(
+            not isinstance(r, Tensor) and r == first for r in rates
+        ):
+            return first
+        device = self.groups.device
+        stacked = torch.stack([torch.as_tensor(rate, device=device).double() for rate in rates])
+        return stacked.max() if self.groups.is_global else stacked

@@ -1,0 +1,295 @@
+"""The regularizer: groups of a model that compete for their budgets while optimizers train them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from numbers import Integral
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_wgsef.groupings.budget import Budget
+from lightning_wgsef.groupings.costs import Costs
+from lightning_wgsef.groupings.group_parameters import group_parameters
+from lightning_wgsef.groupings.registry import Grouping
+from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.penalties.base import Penalty
+from lightning_wgsef.penalties.envelope import Envelope
+from lightning_wgsef.training.checkpointing import parts_of
+from lightning_wgsef.training.freezing import check_freeze
+from lightning_wgsef.training.half_space import HalfSpace, as_half_space
+from lightning_wgsef.training.logged_metrics import curves
+from lightning_wgsef.training.masks import Masks, given_masks, within_masks
+from lightning_wgsef.training.optimizer_hooks import StepHooks, holds, inner, trained_by
+from lightning_wgsef.training.proximal_step import ProximalStep, check_step
+from lightning_wgsef.training.pruner import Attachment
+from lightning_wgsef.training.schedules import CubicRamp, Schedule, as_schedule, resolve_debias
+from lightning_wgsef.training.scope import value_and_gap
+
+
+class WGSEF:
+    r"""Weighted group sparse envelope regularization of a model, for any training loop.
+
+    After every step of an attached optimizer the weights are replaced by the proximal step of the
+    envelope (see `prox_multipliers`); once the mask is frozen, dead groups are set to zero instead.
+
+    Args:
+        model: the network.
+        k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
+            mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
+            Ignored with ``masks``.
+        lam: a number (the paper's constant :math:`\lambda`, step size learning rate times lam), or
+            a schedule. The default `Homotopy` reaches the budget exactly, without a jump.
+        grouping: what a group is, see `group_parameters`.
+        scope, weights, costs, example_input, overlap, include, exclude: see `group_parameters`.
+        debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
+            None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
+        metric: in which metric the step is taken: "identity"; "auto", the diagonal one that the
+            optimizer steps in (Adam's square root, see `preconditioner` and `prox_metric`); or
+            "group", its mean over every group.
+        penalty: `Envelope` (None), or `GroupLasso` to compare with.
+        half_space: a `HalfSpace`, or its epsilon: groups that turn round are projected to zero.
+        freeze: when the mask is fixed: "converged" (at the end of a `Homotopy`; otherwise when the
+            budget is kept and the live groups no longer change, at three quarters of training at
+            the latest), a number of steps (int) or a share of training (float), or None (never).
+            At a given or latest step the weights are projected onto the budget.
+        masks: "from_zeros": keep the zero groups that the model already has, from the first step;
+            a path: those of a checkpoint; None: find them.
+        total_steps: how many steps training lasts; needed where a schedule or ``freeze`` is a
+            share of training.
+
+    Attributes:
+        groups: the groups, with budgets; ``print(regularizer.groups)`` shows them.
+
+    Raises:
+        ValueError: an argument out of its range; the message names it, its value and what would
+            be accepted.
+
+    >>> import torch
+    >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+    >>> optimizer = torch.optim.Adam(model.parameters())
+    >>> from lightning_wgsef.training.schedules import Homotopy
+    >>> regularizer = WGSEF(model, k=2, lam=Homotopy(length=20)).attach(optimizer)
+    >>> inputs = torch.randn(16, 4)
+    >>> for _ in range(30):
+    ...     optimizer.zero_grad()
+    ...     loss = (model(inputs) - inputs.sum(1, keepdim=True)).square().mean()
+    ...     loss.backward()
+    ...     _ = optimizer.step()  # the proximal step follows by itself
+    >>> regularizer.frozen, int((model[2].weight != 0).sum())
+    (True, 2)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        k: Budget | CubicRamp = 0.5,
+        lam: float | Schedule | None = None,
+        grouping: Grouping = "channel",
+        *,
+        scope: str = "layer",
+        weights: Weights = None,
+        costs: Costs = None,
+        example_input: Any | None = None,
+        overlap: str = "error",
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        debias: float | None = None,
+        metric: str = "identity",
+        penalty: Penalty | None = None,
+        half_space: float | HalfSpace | None = None,
+        freeze: str | int | float | None = "converged",
+        masks: str | Path | None = None,
+        total_steps: int | None = None,
+    ) -> None:
+        self.schedule = as_schedule(lam)
+        self.debias = resolve_debias(debias, self.schedule)
+        check_freeze(freeze)
+        self.metric = metric
+        self.penalty = Envelope() if penalty is None else penalty
+        check_step(metric, self.penalty, self.schedule, self.debias, scope)
+        self.half_space = as_half_space(half_space)
+        self.ramp = k if isinstance(k, CubicRamp) else None
+        if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
+            raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
+        self.freeze_rule = freeze
+        self.total_steps: int | None = total_steps
+        self.model = model
+        self.groups = group_parameters(
+            model,
+            grouping,
+            1.0 if masks is not None else k.k if isinstance(k, CubicRamp) else k,
+            include=include,
+            exclude=exclude,
+            scope=scope,
+            weights=weights,
+            costs=costs,
+            example_input=example_input,
+            overlap=overlap,
+        )
+        self.attachments: list[Attachment] = []
+        self._given_masks: Masks | None = None
+        if masks is not None:
+            self._given_masks = given_masks(self.groups, masks)
+            self.groups = within_masks(self.groups, self._given_masks)
+        self._hooks: list[StepHooks] = []
+
+    @property
+    def frozen(self) -> bool:
+        """Are the masks of all trained layers fixed?"""
+        return bool(self.attachments) and all(part.frozen for part in self.attachments)
+
+    @property
+    def masks(self) -> Masks:
+        """For every layer a boolean for every group: alive? Frozen masks, else live norms."""
+        masks: Masks = {}
+        for part in self.attachments:
+            masks.update(part.masks or {})
+        if len(masks) < len(self.groups.layers):
+            masks = {**self.groups.split(self.groups.norms() > 0), **masks}
+        return {layer.name: masks[layer.name] for layer in self.groups.layers}
+
+    def attach(self, *optimizers: Optimizer) -> WGSEF:
+        """Act after every step of ``optimizers`` from now on; returns the regularizer.
+
+        Layers whose parameters enter an optimizer later (``add_param_group``) join then.
+
+        Raises:
+            ValueError: no optimizer trains a layer that is grouped, a layer is spread over
+                optimizers, or a share of training is asked for and ``total_steps`` is not known.
+        """
+        optimizers = tuple(map(inner, optimizers))
+        for optimizer in optimizers:
+            self._adopt(optimizer)
+        if not self.attachments:
+            raise ValueError(
+                "no optimizer trains any of the grouped layers "
+                f"{', '.join(x.name for x in self.groups.layers)}; give their parameters to one"
+            )
+        for optimizer in optimizers:
+            before = self.before_step if self.half_space is not None else None
+            self._hooks.append(StepHooks(optimizer, self.step, before))
+        return self
+
+    def waiting(self) -> list[str]:
+        """Names of the grouped layers that no attached optimizer trains yet."""
+        attached = {layer.name for part in self.attachments for layer in part.groups.layers}
+        return [layer.name for layer in self.groups.layers if layer.name not in attached]
+
+    def detach(self) -> None:
+        """Leave all optimizers alone; masks, counters and groups stay readable."""
+        for hooks in self._hooks:
+            hooks.remove()
+        self._hooks.clear()
+
+    def step(self, optimizer: Optimizer) -> None:
+        """What `attach` does after every step of ``optimizer``.
+
+        Raises:
+            FloatingPointError: a weight is NaN or infinite; nothing was changed.
+        """
+        for hooks in self._hooks:
+            if hooks.optimizer is optimizer and hooks.grown():
+                self._adopt(optimizer)
+        for part in self.attachments:
+            if part.optimizer is optimizer:
+                part.after_step()
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """What `attach` does before every step of ``optimizer`` where there is a half space."""
+        for part in self.attachments:
+            if part.optimizer is optimizer:
+                part.before_step()
+
+    def value(self) -> Tensor:
+        """Value of the penalty in every layer, shape (S,); in a global competition of all, (1,)."""
+        return self._value_and_gap(self.groups.norms())[0]
+
+    def gap(self) -> Tensor:
+        """Sparsity gap, shaped like `value`; 0 where the budget is kept."""
+        return self._value_and_gap(self.groups.norms())[1]
+
+    def check_finite(self) -> None:
+        """Raise for NaN or infinite weights met on an accelerator, where steps do not wait.
+
+        Raises:
+            FloatingPointError: names the layers.
+        """
+        for part in self.attachments:
+            part.check_finite()
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Numbers to log, always under the same names; on the model's device, nothing waits."""
+        norms = self.groups.norms()
+        values, gaps = self._value_and_gap(norms)
+        steps = [part.step_size for part in self.attachments]
+        return curves(self.groups, norms, values, gaps, steps, frozen=self.frozen)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters and masks, in plain types and tensors (loads under ``weights_only=True``)."""
+        return {"attachments": [part.state_dict() for part in self.attachments]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from `state_dict`, after the optimizers were attached.
+
+        Raises:
+            ValueError: the state is damaged, of other layers or groups, or no optimizer trains
+                them.
+        """
+        # A layer that waits for its gradient in an optimizer is one of this optimizer, too.
+        optimizers = {
+            layer.name: hooks.optimizer
+            for hooks in self._hooks
+            for layer in self.groups.layers
+            if holds(hooks.optimizer, layer)
+        }
+        counts = dict(zip((x.name for x in self.groups.layers), self.groups.counts, strict=True))
+        restored = []
+        for saved in parts_of(state, counts, optimizers):
+            layers = saved["layers"]
+            part = self._attachment(
+                self.groups.only(layers), optimizers[next(iter(layers))], saved["total_steps"]
+            )
+            part.load_state_dict(saved)
+            restored.append(part)
+        known = {name for saved in state["attachments"] for name in saved["layers"]}
+        fresh = [p for p in self.attachments if known.isdisjoint(x.name for x in p.groups.layers)]
+        self.attachments = restored + fresh
+
+    def _value_and_gap(self, norms: Tensor) -> tuple[Tensor, Tensor]:
+        groups = self.groups
+        value, gap = value_and_gap(groups, norms, groups.budgets)
+        if not isinstance(self.penalty, Envelope):
+            value = self.penalty.value(norms, groups.budgets, **groups.competition)
+        return value, gap
+
+    def _adopt(self, optimizer: Optimizer) -> None:
+        """Take on the layers that the optimizer trains and that are not attached yet."""
+        waiting = self.waiting()
+        names = [name for name in trained_by(self.groups, optimizer) if name in waiting]
+        if names:
+            taken = max((p.taken for p in self.attachments if p.optimizer is optimizer), default=0)
+            left = None if self.total_steps is None else max(self.total_steps - taken, 1)
+            self.attachments.append(self._attachment(self.groups.only(names), optimizer, left))
+
+    def _attachment(self, groups: Groups, optimizer: Optimizer, total: int | None) -> Attachment:
+        masks = self._given_masks
+        step = ProximalStep(
+            groups,
+            optimizer,
+            schedule=self.schedule,
+            debias=self.debias,
+            penalty=self.penalty,
+            metric=self.metric,
+            total_steps=total,
+        )
+        return Attachment(
+            step,
+            freeze=self.freeze_rule,
+            ramp=self.ramp,
+            half_space=self.half_space,
+            masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},
+        )

@@ -1,0 +1,443 @@
+"""What groups cost, against hand counts."""
+
+import math
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.backends import mha
+
+from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters
+from lightning_wgsef.groupings.costs import check_costs, group_costs
+from lightning_wgsef.network.flops import layer_flops
+from lightning_wgsef.network.latency import layer_latencies
+from tests.helpers.groups import conv_network, raises_naming
+
+IMAGES = torch.ones(5, 2, 8, 8)
+
+
+class Attention(nn.Module):
+    """A projection, attention among 5 tokens of 8 numbers in 2 heads, and a head."""
+
+    def __init__(self, *, fused):
+        super().__init__()
+        self.project, self.head = nn.Linear(8, 24), nn.Linear(8, 3)
+        self.fused = fused
+
+    def forward(self, tokens):
+        parts = self.project(tokens).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        query, key, value = parts
+        if self.fused:
+            mixed = nn.functional.scaled_dot_product_attention(query, key, value)
+        else:
+            mixed = (query @ key.mT / 2).softmax(-1) @ value
+        return self.head(mixed.transpose(1, 2).flatten(2))
+
+
+class Watching(nn.Linear):
+    """Notes the modes that its forward runs in."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        self.seen = []
+
+    def forward(self, inputs):
+        self.seen.append((self.training, torch.is_grad_enabled(), mha.get_fastpath_enabled()))
+        return super().forward(inputs)
+
+
+class Failing(nn.Module):
+    def forward(self, inputs):
+        raise KeyError("an error of one's own")
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+
+def scales(model):
+    """A grouping of one's own: the scales of a norm."""
+    member = Member("norm1.weight", model.norm1.weight, (0,))
+    return Groups([GroupedLayer("norm1", "scale", 6, (member,))])
+
+
+def total(costs):
+    return sum(float(cost.sum()) for cost in costs.values())
+
+
+# --- operations of layers ----------------------------------------------------------------------
+
+
+# Layer, input, and the multiply-adds by hand.
+COUNTED = {
+    "Linear": (lambda: nn.Linear(3, 4), (7, 3), 7 * 3 * 4),
+    "Conv2d": (lambda: nn.Conv2d(2, 4, 3), (7, 2, 10, 9), 7 * 8 * 7 * 2 * 4 * 9),
+    "Conv2d, 2 parts": (
+        lambda: nn.Conv2d(4, 6, 3, groups=2), (7, 4, 5, 5), 7 * 9 * 2 * (2 * 3) * 9
+    ),
+    "Conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (7, 4, 5, 5), 7 * 9 * 4 * 9),
+    "ConvTranspose2d": (
+        lambda: nn.ConvTranspose2d(2, 4, 3, stride=2), (7, 2, 5, 5), 7 * 25 * 2 * 4 * 9
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", COUNTED)
+def test_operations_of_a_layer(kind):
+    make, shape, multiply_adds = COUNTED[kind]
+    model = nn.Sequential(make(), nn.ReLU())
+    assert layer_flops(model, torch.ones(shape)) == ({"0": 2 * multiply_adds}, 2 * multiply_adds)
+
+
+def test_a_model_that_is_a_layer():
+    assert layer_flops(nn.Linear(3, 4), torch.ones(1, 3)) == ({"": 24}, 24)
+
+
+def test_a_layer_called_twice_counts_twice():
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(nn.Linear(3, 4), shared, shared)
+    assert layer_flops(model, torch.ones(1, 3)) == ({"0": 24, "1": 64}, 88)
+
+
+def test_several_arguments():
+    model = nn.Bilinear(3, 5, 2)
+    model.left = nn.Linear(3, 4)
+    model.forward = lambda left, right: model.left(left).sum() + right.sum()
+    assert layer_flops(model, (torch.ones(2, 3), torch.ones(2, 5))) == ({"left": 48}, 48)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_counts_in_the_whole(fused):
+    """Scores and mixture: 2 sentences, 2 heads, 5 x 5 pairs of tokens, 4 numbers."""
+    flops, whole = layer_flops(Attention(fused=fused), torch.ones(2, 5, 8))
+    assert flops == {"project": 2 * 10 * 8 * 24, "head": 2 * 10 * 8 * 3}
+    assert whole == sum(flops.values()) + 2 * (2 * 2 * 2 * 25 * 4)
+
+
+@pytest.mark.parametrize("weights", [True, False])
+def test_torch_s_own_attention_counts_in_the_whole(weights):
+    """In evaluation mode it has a fast path that is one operation which nobody counts."""
+    model = nn.MultiheadAttention(8, 2, batch_first=True)
+    tokens = torch.ones(2, 5, 8)
+    _, whole = layer_flops(model, (tokens, tokens, tokens, None, weights))
+    assert whole == 2 * 10 * 8 * 24 + 2 * (2 * 2 * 2 * 25 * 4) + 2 * 10 * 8 * 8
+
+
+def test_layers_of_a_transformer_are_called():
+    model = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    measured = layer_flops(model, torch.ones(2, 5, 8))[0]
+    assert measured == {"linear1": 2560, "linear2": 2560}
+    assert layer_latencies(model, torch.ones(2, 5, 8), 1)[0].keys() == measured.keys()
+
+
+# torch says that global hooks (its own counter's) fire twice for a compiled module.
+@pytest.mark.filterwarnings("ignore:Using `torch.compile:UserWarning")
+@pytest.mark.parametrize("part", ["all", "inner"])
+@pytest.mark.parametrize("used", [True, False])
+def test_a_compiled_model(part, used):
+    """Hooks set after the first run of a compiled model would not be called."""
+    plain, model = conv_network(), conv_network()
+    if part == "all":
+        model = torch.compile(model, backend="eager")
+    else:
+        model.conv2 = torch.compile(model.conv2, backend="eager")
+    if used:
+        with torch.no_grad():
+            model(IMAGES)
+    assert layer_flops(model, IMAGES) == layer_flops(plain, IMAGES)
+    assert layer_latencies(model, IMAGES, 1)[0].keys() == {"conv1", "conv2", "fc"}
+
+
+# --- time of layers ----------------------------------------------------------------------------
+
+
+def test_latencies_are_positive_and_within_the_whole():
+    seconds, whole = layer_latencies(conv_network(), IMAGES, repeats=1)
+    assert list(seconds) == ["conv1", "conv2", "fc"]
+    assert min(seconds.values()) > 0
+    assert sum(seconds.values()) < whole < 60
+
+
+def test_a_layer_with_much_more_work_takes_longer():
+    """1000 times the multiply-adds."""
+    model = nn.Sequential(nn.Linear(1000, 1000), nn.Linear(1000, 1))
+    seconds, _ = layer_latencies(model, torch.ones(50, 1000))
+    assert seconds["0"] > seconds["1"]
+
+
+def test_runs_of_a_latency():
+    model = nn.Sequential(Watching(3, 4))
+    layer_latencies(model, torch.ones(1, 3), repeats=4)
+    assert len(model[0].seen) == 2 + 4
+
+
+def test_latencies_are_medians_of_sums_over_calls(monkeypatch):
+    """Calls of 1 and 2 s, 9 s overall; the warm-up and two of five runs are slow."""
+    shared = nn.Linear(4, 4)
+    model = nn.Sequential(shared, shared)
+    ticks = [0]
+    for run in range(2 + 5):
+        slow = 100 if run in (0, 1, 3, 5) else 1
+        for step in (2, 1, 2, 2, 2):
+            ticks.append(ticks[-1] + slow * step)
+        ticks.append(ticks[-1])
+    monkeypatch.setattr("lightning_wgsef.network.latency.perf_counter", lambda: float(ticks.pop(0)))
+    assert layer_latencies(model, torch.ones(1, 4), repeats=5) == ({"0": 3.0}, 9.0)
+
+
+@pytest.mark.parametrize("repeats", [0, -1, 1.5, True, "3"])
+def test_repeats_are_counted(repeats):
+    with raises_naming("repeats", repr(repeats)):
+        layer_latencies(nn.Linear(3, 4), torch.ones(1, 3), repeats)
+
+
+# --- what measuring leaves as it was -----------------------------------------------------------
+
+
+@pytest.mark.parametrize("measure", [layer_flops, layer_latencies])
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_weights_and_buffers_stay(measure, training):
+    model = conv_network().train(training)
+    model.norm1.train(not training)  # as with a frozen norm
+    model.fc.register_forward_hook(lambda *_: None)
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    measure(model, IMAGES)
+    modes = {name: module.training for name, module in model.named_modules()}
+    assert modes.pop("norm1") is not training
+    assert set(modes.values()) == {training}
+    assert all(torch.equal(after, state[name]) for name, after in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert torch.is_grad_enabled()
+    assert mha.get_fastpath_enabled()
+    assert hooks(model) == 1
+
+
+@pytest.mark.parametrize("measure", [layer_flops, layer_latencies])
+def test_the_forward_pass_is_in_evaluation_mode(measure):
+    model = nn.Sequential(nn.Linear(3, 4), Watching(4, 2)).train()
+    measure(model, torch.ones(1, 3))
+    assert set(model[1].seen) == {(False, False, False)}
+
+
+@pytest.mark.parametrize("measure", [layer_flops, layer_latencies])
+@pytest.mark.parametrize(
+    ("inputs", "shapes"),
+    [
+        (torch.ones(5, 3, 8, 8), ["(5, 3, 8, 8)", "channels"]),
+        ((torch.ones(5, 2, 8, 8), torch.ones(4)), ["((5, 2, 8, 8), (4,))"]),
+        ((torch.ones(4), {"mask": 1}), ["((4,), 'dict')"]),
+        ((), ["got ()"]),
+        ({"x": torch.ones(4)}, ["got {'x': (4,)}"]),
+    ],
+)
+def test_an_input_that_does_not_fit(measure, inputs, shapes):
+    model = conv_network().train()
+    model.norm1.eval()
+    with raises_naming("example_input", "Sequential", *shapes):
+        measure(model, inputs)
+    assert model.training
+    assert not model.norm1.training
+    assert torch.is_grad_enabled()
+    assert mha.get_fastpath_enabled()
+    assert hooks(model) == 0
+
+
+@pytest.mark.parametrize("measure", [layer_flops, layer_latencies])
+def test_the_first_error_is_kept(measure):
+    with pytest.raises(ValueError, match="one's own") as caught:
+        measure(nn.Sequential(nn.Linear(3, 4), Failing()), torch.ones(1, 3))
+    assert isinstance(caught.value.__cause__, KeyError)
+
+
+# --- costs of groups ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("costs", ["params", "flops", "latency"])
+@pytest.mark.parametrize("grouping", ["channel", "filter", "element"])
+def test_groups_and_rest_are_the_whole(grouping, costs):
+    model = conv_network()
+    groups = group_parameters(model, grouping, exclude="fc" if grouping == "element" else None)
+    found, rest = group_costs(model, groups, costs, IMAGES)
+    assert {name: len(cost) for name, cost in found.items()} == {
+        layer.name: layer.count for layer in groups.layers
+    }
+    assert all(c.dtype == torch.float64 and bool((c > 0).all()) for c in found.values())
+    assert rest >= 0
+    assert isinstance(rest, float)
+    if costs == "params":
+        assert total(found) + rest == sum(p.numel() for p in model.parameters())
+    if costs == "flops":
+        assert total(found) + rest == pytest.approx(layer_flops(model, IMAGES)[1], rel=1e-14)
+
+
+def test_weights_by_hand():
+    model = conv_network()
+    found, rest = group_costs(model, group_parameters(model, "filter", exclude="conv2"), "params")
+    assert found.keys() == {"conv1"}
+    assert found["conv1"].tolist() == [18 + 1 + 2] * 6
+    assert rest == (216 + 4) + (12 + 3)
+
+
+def test_operations_by_hand():
+    model = conv_network()
+    found, rest = group_costs(model, group_parameters(model, "channel"), "flops", IMAGES)
+    assert found["conv2"].tolist() == [2 * 5 * 16 * 4 * 9] * 6
+    assert found["fc"].tolist() == [2 * 5 * 3] * 4
+    assert rest == 2 * 5 * 36 * 6 * 2 * 9
+
+
+def test_parts_of_a_grouped_convolution():
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 3, groups=2))
+    groups = group_parameters(model, "channel")
+    found, rest = group_costs(model, groups, "flops", torch.ones(7, 4, 5, 5))
+    assert found["1"].tolist() == [2 * 7 * 9 * 3 * 9] * 4
+    assert rest == 2 * 7 * 25 * 16
+
+
+def test_attention_is_in_the_rest():
+    model = Attention(fused=True)
+    groups = group_parameters(model, "channel", include=["project", "head"])
+    found, rest = group_costs(model, groups, "flops", torch.ones(2, 5, 8))
+    assert found["project"].tolist() == [2 * 10 * 24] * 8
+    assert rest == 2 * (2 * 2 * 2 * 25 * 4)
+
+
+def test_tied_weights_count_once():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4))
+    model[2].weight = model[1].weight
+    found, rest = group_costs(model, group_parameters(model), "params")
+    assert (total(found), rest) == (16, 12 + 3 * 4)
+
+
+def test_shares_follow_the_largest_member():
+    """Two of four rows in group 0, one in group 1, one in none; the bias has no say."""
+    model = nn.Sequential(nn.Linear(3, 4))
+    index = torch.tensor([0, 1, 0, -1])
+    rows = Member("0.weight", model[0].weight, (0,), index)
+    bias = Member("0.bias", model[0].bias, (0,), torch.tensor([1, 1, 1, 1]))
+    groups = Groups([GroupedLayer("0", "mine", 2, (rows, bias))])
+    found, rest = group_costs(model, groups, "flops", torch.ones(1, 3))
+    assert found["0"].tolist() == [16, 8]
+    assert rest == 0
+    found, rest = group_costs(model, groups, "params")
+    assert found["0"].tolist() == [6, 3 + 4]
+    assert rest == 3
+
+
+def test_the_rest_of_the_time_is_not_negative(monkeypatch):
+    """Medians of parts may add up to more than the median of the whole."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    monkeypatch.setattr(
+        "lightning_wgsef.groupings.costs.layer_latencies", lambda *_: ({"0": 1.0, "1": 3.0}, 2.5)
+    )
+    found, rest = group_costs(model, group_parameters(model), "latency", torch.ones(1, 3))
+    assert (found["1"].tolist(), rest) == ([0.75] * 4, 0.0)
+
+
+def test_a_group_of_a_norm_has_weights():
+    model = conv_network()
+    found, rest = group_costs(model, group_parameters(model, scales, 3), "params")
+    assert found["norm1"].tolist() == [1] * 6
+    assert rest == sum(p.numel() for p in model.parameters()) - 6
+
+
+# --- errors ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("costs", ["flop", "", None, 3, ["flops"], torch.ones(3)])
+def test_an_unknown_name(costs):
+    model = conv_network()
+    with raises_naming("costs", "'flops'", "'latency'", "'params'", repr(costs)):
+        group_costs(model, group_parameters(model), costs, IMAGES)
+
+
+@pytest.mark.parametrize("costs", ["flops", "latency"])
+def test_an_example_is_needed(costs):
+    model = conv_network()
+    with raises_naming(f"costs='{costs}' needs an example_input"):
+        group_costs(model, group_parameters(model), costs)
+
+
+@pytest.mark.parametrize("costs", ["flops", "latency"])
+def test_a_layer_that_is_not_called(costs):
+    model = nn.Sequential(OrderedDict(used=nn.Linear(4, 4), unused=nn.Linear(4, 4)))
+    model.forward = lambda inputs: model.used(inputs)
+    groups = group_parameters(model, include=["used", "unused"])
+    with raises_naming("'unused'", costs, "exclude", "example_input"):
+        group_costs(model, groups, costs, torch.ones(1, 4))
+
+
+def test_a_layer_without_operations():
+    """A batch of nothing."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    with raises_naming("'1'", "flops", "exclude"):
+        group_costs(model, group_parameters(model), "flops", torch.ones(0, 4))
+
+
+@pytest.mark.parametrize("costs", ["flops", "latency"])
+def test_groups_of_other_modules(costs):
+    model = conv_network()
+    with raises_naming("'norm1'", "scale", costs, "exclude", "'params'"):
+        group_costs(model, group_parameters(model, scales, 3), costs, IMAGES)
+
+
+@pytest.mark.parametrize("costs", ["params", "flops"])
+def test_a_group_without_weights(costs):
+    model = nn.Sequential(nn.Linear(3, 4))
+    member = Member("0.weight", model[0].weight, (0,), torch.tensor([0, 2, 2, -1]))
+    groups = Groups([GroupedLayer("0", "mine", 3, (member,))])
+    with raises_naming("'0'", "group 1", "costs", "0.weight"):
+        group_costs(model, groups, costs, torch.ones(1, 3))
+
+
+def test_a_layer_of_groups_without_weights():
+    """No example is to blame for it."""
+    model = nn.Sequential(nn.Linear(3, 4))
+    member = Member("0.weight", model[0].weight, (0,), torch.full((4,), -1))
+    groups = Groups([GroupedLayer("0", "mine", 2, (member,))])
+    with raises_naming("'0'", "group 0", "0.weight"):
+        group_costs(model, groups, "params")
+
+
+@pytest.mark.parametrize(
+    "costs",
+    [
+        None,
+        "params",
+        "flops",
+        "latency",
+        torch.tensor([1.0, 0.5]),
+        torch.tensor([1, 2]),
+        {"fc": torch.tensor([1.0]), "conv": torch.tensor([2.0, 3.0])},
+    ],
+)
+def test_costs_that_are_accepted(costs):
+    check_costs(costs)
+
+
+@pytest.mark.parametrize(
+    ("costs", "words"),
+    [
+        ("macs", ["'macs'", "'flops'", "'latency'", "'params'"]),
+        (3, ["got 3"]),
+        ([1.0, 2.0], ["[1.0, 2.0]"]),
+        ({}, ["{}"]),
+        ({1: torch.ones(2)}, ["layer names", "got {1: tensor"]),
+        ({"fc": [1.0]}, ["costs['fc']", "[1.0]"]),
+        ({"fc": torch.ones(2), "b": torch.ones(1, 2)}, ["costs['b']", "(1, 2)"]),
+        (torch.tensor(1.0), ["costs", "()"]),
+        (torch.ones(0), ["(0,)"]),
+        (torch.tensor([1.0, 0.0]), ["0.0 at index 1"]),
+        (torch.tensor([1, -2]), ["-2 at index 1"]),
+        (torch.tensor([math.nan, 1.0]), ["nan at index 0"]),
+        (torch.tensor([1.0, math.inf]), ["inf at index 1"]),
+        (torch.tensor([True]), ["torch.bool"]),
+        (torch.tensor([1j]), ["torch.complex64"]),
+    ],
+)
+def test_costs_that_are_refused(costs, words):
+    with raises_naming("costs", *words):
+        check_costs(costs)

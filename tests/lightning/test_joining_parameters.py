@@ -1,0 +1,144 @@
+"""Case 8: parameters that are frozen, thaw, or join the optimizer while training runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+
+from lightning_wgsef import WGSEFCallback
+from tests.helpers.plain_loops import (
+    LAM,
+    RATE,
+    Dense,
+    K,
+    assert_same,
+    data,
+    fit,
+    single,
+    slow_loop,
+    slow_prox,
+)
+from tests.helpers.trainers import make_trainer
+
+
+class Unfreezing(pl.callbacks.BaseFinetuning):
+    """net.3 joins the optimizer at the second epoch."""
+
+    def freeze_before_training(self, pl_module: pl.LightningModule) -> None:
+        self.freeze(pl_module.net[3])
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net[3], optimizer, lr=RATE)
+
+
+class Trainable(Dense):
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trainable = [p for p in self.net.parameters() if p.requires_grad]
+        return torch.optim.SGD(trainable, lr=RATE)
+
+
+class Thawing(pl.Callback):
+    """All parameters are in the optimizer from the start; net.3 trains at the second epoch."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.net[3].requires_grad_(trainer.current_epoch == 1)
+
+
+def two_stages() -> nn.Sequential:
+    """Five steps without net.3, and five with it."""
+    net = Dense().net
+    body = [*net[0].parameters(), *net[2].parameters()]
+    optimizer = torch.optim.SGD(body, lr=RATE)
+    net[3].requires_grad_(False)
+    slow_loop(single(5), net, optimizer, lambda net: slow_prox(net, layers=[2]))
+    net[3].requires_grad_(True)
+    optimizer.add_param_group({"params": list(net[3].parameters())})
+    return slow_loop(single(5), net, optimizer)
+
+
+def named() -> WGSEFCallback:
+    """A layer that is frozen when training starts is grouped where it is named."""
+    return WGSEFCallback(k=K, lam=LAM, freeze=None, include=["net.2", "net.3"])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_case_08_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
+    model, callback = Trainable(), named()
+    both = [callback, Unfreezing()] if first else [Unfreezing(), callback]
+    with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
+        make_trainer(both, max_epochs=2).fit(model, data(5))
+    assert [part.taken for part in callback.regularizer.attachments] == [10, 5]
+    assert_same(model.net, two_stages())
+
+
+def test_case_08_parameters_that_thaw_inside_the_optimizer() -> None:
+    class Plain(Dense):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.SGD(self.net.parameters(), lr=RATE)
+
+    model, callback = Plain(), named()
+    model.net[3].requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
+        make_trainer([callback, Thawing()], max_epochs=2).fit(model, data(5))
+    assert [part.taken for part in callback.regularizer.attachments] == [10, 5]
+    assert_same(model.net, two_stages())
+
+
+def test_case_08_frozen_parameters_are_left_out() -> None:
+    model = Dense()
+    model.net[3].requires_grad_(False)
+    callback = WGSEFCallback(k=K, lam=LAM, freeze=None)
+    fit(model, 10, callback)
+    groups = callback.regularizer.groups
+    assert groups.left_out["net.3"] == "frozen: net.3.weight has no gradient"
+    twin = Dense().net
+    twin[3].requires_grad_(False)
+    slow_loop(single(10), twin, prox=lambda net: slow_prox(net, layers=[2]))
+    assert_same(model.net, twin)
+    assert torch.equal(model.net[3].weight, Dense().net[3].weight)
+
+
+class Joining(Unfreezing):
+    """Lightning restores what an optimizer holds, but not what needs a gradient: this does."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        super().on_train_epoch_start(trainer, pl_module)
+        pl_module.net[3].requires_grad_(trainer.current_epoch >= 1)
+
+
+@pytest.mark.filterwarnings("ignore:.*no optimizer trains these", "ignore:Checkpoint directory")
+@pytest.mark.parametrize("first", [True, False])
+def test_case_08_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
+    """Saved when two of four epochs are over, before and after the freeze."""
+
+    def fit(freeze: int, **arguments: Any) -> tuple[Trainable, WGSEFCallback]:
+        model = Trainable()
+        callback = WGSEFCallback(k=K, lam=LAM, freeze=freeze, include=["net.2", "net.3"])
+        both = [callback, Joining()] if first else [Joining(), callback]
+        saver = pl.callbacks.ModelCheckpoint(
+            tmp_path / str(freeze), "{epoch}", every_n_epochs=1, save_top_k=-1
+        )
+        trainer = make_trainer([*both, saver], max_epochs=4, enable_checkpointing=True)
+        trainer.fit(model, data(5), weights_only=True, **arguments)
+        return model, callback
+
+    for freeze in (3, 12):
+        model, callback = fit(freeze)
+        again, resumed = fit(freeze, ckpt_path=tmp_path / str(freeze) / "epoch=1.ckpt")
+        assert [part.frozen for part in callback.regularizer.attachments] == [True, True]
+        assert resumed.regularizer.state_dict().keys() == callback.regularizer.state_dict().keys()
+        for ours, theirs in zip(
+            resumed.regularizer.attachments, callback.regularizer.attachments, strict=True
+        ):
+            assert ours.taken == theirs.taken
+            assert [x.name for x in ours.groups.layers] == [x.name for x in theirs.groups.layers]
+        for (name, a), b in zip(
+            again.state_dict().items(), model.state_dict().values(), strict=True
+        ):
+            assert torch.equal(a, b), name

@@ -1,0 +1,58 @@
+"""A script with strategy="ddp": Lightning starts the other process by running it again.
+
+python tests/scripts/ddp.py FOLDER OPTIMIZER START [CHECKPOINT]
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.loggers import TensorBoardLogger
+
+from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_trainer
+
+
+class WithOptimizer(Module):
+    def __init__(self, optimizer: str) -> None:
+        super().__init__(sharded=False)
+        self.optimizer = optimizer
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.optimizer == "adam":
+            return super().configure_optimizers()
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # warns when it is imported
+
+        return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=1e-2)
+
+
+def main(folder: str, optimizer: str, end: str, start: str | None = None) -> None:
+    torch.set_num_threads(1)
+    module, callback = WithOptimizer(optimizer), make_callback(dashboard=True)
+    logger = TensorBoardLogger(folder, name="logs", version=end)
+    saver = ModelCheckpoint(folder, f"{end}.{{step}}", every_n_train_steps=5, save_top_k=-1)
+    arguments = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
+    trainer = make_trainer([callback, saver], logger=logger, log_every_n_steps=2, **arguments)
+    trainer.fit(module, Late(trainer), Late(trainer), ckpt_path=start, weights_only=True)
+    regularizer: Any = callback.regularizer
+    outcome = {"weights": module.network.state_dict(), "masks": regularizer.masks}
+    torch.save(outcome, Path(folder) / f"{end}.{trainer.global_rank}")
+
+
+class Late(Shares):
+    """Made before the process knows its rank."""
+
+    def __init__(self, trainer: Any) -> None:
+        super().__init__(0, 2)
+        self.trainer = trainer
+
+    def __iter__(self) -> Any:
+        self.share = self.trainer.global_rank, 2
+        return super().__iter__()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,67 @@
+"""A run that is killed and goes on ends with the weights of one that was not.
+
+CRASHES=20 kills more often than CI has time for.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+CRASHES = int(os.environ.get("CRASHES", "2"))
+STEPS = 60
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def start(folder: Path) -> subprocess.Popen[bytes]:
+    folder.mkdir(exist_ok=True)
+    command = [sys.executable, "-m", "tests.scripts.crash", str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def finish(folder: Path) -> dict[str, torch.Tensor]:
+    process = start(folder)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 0, error.decode()[-2000:]
+    return torch.load(folder / "final.pt", weights_only=True)
+
+
+def kill_at(folder: Path, step: int) -> int:
+    """Kill a training once it has taken this step; returns the last step that it noted."""
+    note = folder / "step"
+    note.unlink(missing_ok=True)
+    process = start(folder)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if note.exists() and (text := note.read_text()) and int(text) >= step:
+            break
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "final.pt").exists()
+    return int(note.read_text() or 0)
+
+
+def test_killed_runs_end_like_the_one_that_was_not(tmp_path: Path) -> None:
+    """Before the freeze, which is at half of the steps, and after it."""
+    expected = finish(tmp_path / "whole")
+    moments = random.Random(0)
+    for number in range(CRASHES):
+        half = STEPS // 2 * (number % 2)
+        first = half + moments.randrange(5, STEPS // 2 - 12)
+        folder = tmp_path / str(number)
+        noted = kill_at(folder, first)
+        assert first <= noted < STEPS
+        weights = finish(folder)
+        assert all(torch.equal(weights[name], value) for name, value in expected.items())
+        zero = {name: int((value == 0).sum()) for name, value in weights.items()}
+        assert zero["conv2.weight"] == 6 * 12 * 9  # 2 of 8 channels stay
+        assert zero["fc.weight"] == 9 * 10  # 3 of 12
