@@ -18,7 +18,7 @@ from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.lightning.strategies import check_strategy, restores_later
-from lightning_wgsef.lightning.summary import Presentation
+from lightning_wgsef.lightning.summary import PruningSummary
 from lightning_wgsef.lightning.tensorboard import hold_back, release, write_hparams
 from lightning_wgsef.network.sharding import whole_model
 from lightning_wgsef.penalties.base import Penalty
@@ -109,7 +109,7 @@ class WGSEFCallback(Callback):
         slim_to: where the network without its zero groups is written when the fit ends, as a file
             of `save_slim` (.safetensors), with a report as JSON beside it; needs an example input.
         dashboard: show more in TensorBoard: charts of all layers together, histograms of norms and
-            pictures of the life of the groups (a few times a run), the report, and hparams.
+            pictures of which groups live (a few times a run), the report, and hparams.
         name: put into the logged names, and into the key of the saved state; needed for each of
             several callbacks in one Trainer.
 
@@ -174,7 +174,7 @@ class WGSEFCallback(Callback):
         self.regularizer: WGSEF | None = None
         self._state: Mapping[str, Any] = {}
         self._averages_masked = False
-        self._presentation: Presentation | None = None
+        self._summary: PruningSummary | None = None
         self._held_back: list[Any] = []
 
     @property
@@ -220,7 +220,7 @@ class WGSEFCallback(Callback):
         earlier = self.regularizer
         if earlier is not None and earlier.model is not pl_module:
             self._state = {}
-        elif earlier is not None and earlier.attachments:
+        elif earlier is not None and earlier.pruners:
             self._state = earlier.state_dict()  # a second fit goes on where the first one ended
         arguments = {**self.arguments, "example_input": self._example_input(trainer, pl_module)}
         if self.slim_to is not None:
@@ -256,17 +256,17 @@ class WGSEFCallback(Callback):
                 "groups until one does (leave them out with exclude to silence this)",
                 stacklevel=2,
             )
-        self._presentation = Presentation(trainer, self.regularizer, self.prefix, self.dashboard)
+        self._summary = PruningSummary(trainer, self.regularizer, self.prefix, self.dashboard)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Log; from the freeze on, keep averages of the weights sparse, too."""
         assert self.regularizer is not None
-        assert self._presentation is not None
+        assert self._summary is not None
         if self.regularizer.frozen and not self._averages_masked:
             self._averages_masked = True  # an average of zeros stays zero
-            self._presentation.freeze(trainer)
+            self._summary.freeze(trainer)
             for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
                 average = getattr(other, "_average_model", None)  # EMA, SWA
                 if isinstance(average, nn.Module):
@@ -278,16 +278,16 @@ class WGSEFCallback(Callback):
             self.regularizer.check_finite()
             for key, value in self.regularizer.metrics().items():
                 pl_module.log(f"{self.prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
-            self._presentation.look(trainer)
+            self._summary.log(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizers; say so if the budget was not reached."""
         assert self.regularizer is not None
         self.regularizer.check_finite()
         self.regularizer.detach()
-        if self._presentation is not None and not trainer.interrupted:
+        if self._summary is not None and not trainer.interrupted:
             example = self._example_input(trainer, pl_module)
-            self._presentation.end(trainer, pl_module, example)
+            self._summary.end(trainer, pl_module, example)
             write_hparams(trainer, self)
         if not self.regularizer.frozen and self.arguments["freeze"] is not None:
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
 
-class Presentation:
+class PruningSummary:
     """Shows one regularizer's run; silent where Lightning's model summary is.
 
     Args:
@@ -62,12 +62,12 @@ class Presentation:
                 f"groups alive, within a budget of {self._budget():g}"
             )
 
-    def look(self, trainer: Trainer) -> None:
+    def log(self, trainer: Trainer) -> None:
         """Show the groups as they are; every process has to ask where weights are sharded."""
         if self._shows_more:
             norms = self.regularizer.groups.norms()
             for dashboard in self.dashboards:
-                dashboard.look(norms, self._budget(), _step(trainer))
+                dashboard.log(norms, self._budget(), _step(trainer))
 
     def end(self, trainer: Trainer, model: nn.Module, example_input: Any) -> None:
         """The report, with operations where there is an example input that runs.

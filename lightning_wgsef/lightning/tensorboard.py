@@ -22,17 +22,17 @@ _ALIVE = (31, 119, 180)
 _DEAD = (225, 225, 225)
 
 
-class GroupLife:
-    """Looks at who is alive, at equal distances in time; every second one is forgotten when full.
+class GroupHistory:
+    """Record of live groups at equal distances in time; every second entry goes when it is full.
 
     Args:
         counts: number of groups of every layer, by its name.
-        columns: the most looks that are kept.
+        columns: the most entries that are kept.
 
-    >>> life = GroupLife({"fc": 3}, columns=4)
+    >>> history = GroupHistory({"fc": 3}, columns=4)
     >>> for step in range(6):
-    ...     life.look(torch.tensor([True, step < 2, step < 4]))
-    >>> life.looks("fc").int().tolist()
+    ...     history.update(torch.tensor([True, step < 2, step < 4]))
+    >>> history.alive("fc").int().tolist()
     [[1, 1, 1], [1, 0, 1], [1, 0, 0]]
     """
 
@@ -43,8 +43,8 @@ class GroupLife:
         self._stride = 1
         self._asked = 0
 
-    def look(self, alive: Tensor) -> None:
-        """Remember who is alive, shape (m,), layer after layer; no accelerator is waited for."""
+    def update(self, alive: Tensor) -> None:
+        """Append the live groups, shape (m,), layer after layer; waits for no accelerator."""
         if self._asked % self._stride == 0:
             self._kept.append(alive.clone())
             if len(self._kept) > self.columns:
@@ -52,8 +52,8 @@ class GroupLife:
                 self._stride *= 2
         self._asked += 1
 
-    def looks(self, layer: str) -> Tensor:
-        """What was seen of a layer, booleans of shape (looks, groups)."""
+    def alive(self, layer: str) -> Tensor:
+        """Return the live groups of a layer over time, booleans of shape (entries, groups)."""
         names = list(self.counts)
         together = torch.stack(self._kept).cpu()
         parts = torch.split_with_sizes(together, list(self.counts.values()), dim=1)
@@ -65,21 +65,21 @@ class GroupLife:
         Time runs to the right, groups that live longest are at the top. Of more than ``ROWS``
         groups as many are shown, at equal distances in that order.
         """
-        looks = self.looks(layer)
-        order = _last_alive(looks).argsort(descending=True, stable=True)
+        recorded = self.alive(layer)
+        order = _last_alive(recorded).argsort(descending=True, stable=True)
         if len(order) > ROWS:
             order = order[torch.linspace(0, len(order) - 1, ROWS).round().long()]
-        alive = looks[:, order].T
+        alive = recorded[:, order].T
         for axis, most in ((0, ROWS), (1, COLUMNS)):
             alive = alive.repeat_interleave(max(1, most // alive.shape[axis]), axis)
         colours = torch.tensor([_DEAD, _ALIVE], dtype=torch.uint8)
         return colours[alive.long()].permute(2, 0, 1).contiguous()
 
 
-def _last_alive(looks: Tensor) -> Tensor:
-    """The last look at which a group was alive, -1 for none; shape (groups,)."""
-    numbers = torch.arange(len(looks)).unsqueeze(1)
-    return torch.where(looks, numbers, -1).max(0).values
+def _last_alive(recorded: Tensor) -> Tensor:
+    """Return the last entry at which a group was alive, -1 for none; shape (groups,)."""
+    numbers = torch.arange(len(recorded)).unsqueeze(1)
+    return torch.where(recorded, numbers, -1).max(0).values
 
 
 TIMES = 4
@@ -103,15 +103,15 @@ class Dashboard:
         self.writer = writer
         self.prefix = prefix
         self.groups = groups
-        self.life = GroupLife({layer.name: layer.count for layer in groups.layers})
+        self.history = GroupHistory({layer.name: layer.count for layer in groups.layers})
         self._distance = max(1, (total_steps or 8_000) // TIMES)
         self._next = 0
         writer.add_custom_scalars({prefix: layout(prefix)})
 
-    def look(self, norms: Tensor, budget: float, step: int) -> None:
-        """Norms of all groups, shape (m,), at a step; pictures where they are due."""
+    def log(self, norms: Tensor, budget: float, step: int) -> None:
+        """Write how many groups live, of norms of shape (m,); at times histograms and pictures."""
         alive = norms > 0
-        self.life.look(alive)
+        self.history.update(alive)
         self.writer.add_scalar(f"{self.prefix}/groups_alive", int(alive.sum()), step)
         self.writer.add_scalar(f"{self.prefix}/groups_budget", budget, step)
         if step >= self._next:
@@ -119,11 +119,11 @@ class Dashboard:
             self.draw(norms, step)
 
     def draw(self, norms: Tensor, step: int) -> None:
-        """Histograms of the norms and the life of the groups, layer by layer."""
+        """Write histograms of the norms and the history of the groups, layer by layer."""
         for name, part in self.groups.split(norms).items():
             tag = f"{self.prefix}/{name}/norms"
             self.writer.add_histogram(tag, part.float().cpu(), step, bins=BUCKETS)
-            image = self.life.picture(name)
+            image = self.history.picture(name)
             self.writer.add_image(f"{self.prefix}/{name}/life_of_the_groups", image, step)
 
     def finish(self, report: str, sparsity: float, step: int) -> None:

@@ -35,12 +35,12 @@ class Convergence:
     unchanged: int = 0
     alive: Tensor | None = None
 
-    def look(self, alive: Tensor, gap: Tensor, value: Tensor) -> bool:
+    def update(self, alive: Tensor, gap: Tensor, value: Tensor) -> bool:
         """Record a look at the live groups, shape (m,), gap and value, shape (S,); converged?
 
         >>> convergence, within = Convergence(patience=2), torch.tensor([0.0])
         >>> alive = torch.tensor([True, False])
-        >>> [convergence.look(alive, within, torch.tensor([1.0])) for _ in range(3)]
+        >>> [convergence.update(alive, within, torch.tensor([1.0])) for _ in range(3)]
         [False, False, True]
         """
         settled = bool((gap <= self.tolerance * value).all())

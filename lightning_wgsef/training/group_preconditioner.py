@@ -19,7 +19,7 @@ LARGEST = 1 - 1e-6
 """The largest debias * t in units of D, which it must not reach."""
 
 
-class GroupMetric:
+class GroupPreconditioner:
     """The diagonal metric in which ``optimizer`` steps, for groups that it trains.
 
     A parameter that has not taken a step yet has D = 1. D is held for all weights of the groups,

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_wgsef.groups.groups import Groups
 
 
-def curves(
+def logged_metrics(
     groups: Groups,
     norms: Tensor,
     values: Tensor,
@@ -34,7 +34,7 @@ def curves(
     >>> from lightning_wgsef.groups.members import Member
     >>> rows = GroupedLayer("fc", "filter", 2, (Member("fc.weight", weight, axes=(0,)),), budget=1)
     >>> groups, zero = Groups([rows]), torch.zeros(1)
-    >>> sorted(curves(groups, groups.norms(), zero, zero, [0.1], frozen=False))[:3]
+    >>> sorted(logged_metrics(groups, groups.norms(), zero, zero, [0.1], frozen=False))[:3]
     ['fc/gap', 'fc/group_sparsity', 'fc/value']
     """
     dead = norms == 0

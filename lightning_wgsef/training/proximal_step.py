@@ -15,10 +15,10 @@ from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope, prox_multipliers
 from lightning_wgsef.penalties.preconditioned import metric_shares, tangent_shares
 from lightning_wgsef.penalties.problem import Problem
-from lightning_wgsef.training.group_preconditioner import LARGEST, GroupMetric
+from lightning_wgsef.training.group_preconditioner import LARGEST, GroupPreconditioner
 from lightning_wgsef.training.preconditioners import preconditioner
 from lightning_wgsef.training.schedules import Schedule
-from lightning_wgsef.training.scope import Competitors
+from lightning_wgsef.training.scope import Scope
 
 METRICS = ("auto", "group", "identity")
 
@@ -98,10 +98,10 @@ class ProximalStep:
         self._resolution = self._lowest_resolution()
         self._remainder: Tensor | None = None  # factors that were too near to 1 to be applied
         self._shares: Tensor | None = None
-        self._metric: GroupMetric | None = None
+        self._metric: GroupPreconditioner | None = None
         self._exact = metric == "auto" and not schedule.homotopy
         if metric != "identity" and (adapter := preconditioner(optimizer)) is not None:
-            self._metric = GroupMetric(groups, optimizer, adapter)
+            self._metric = GroupPreconditioner(groups, optimizer, adapter)
             if self._exact and self._resolution:
                 self._exact = False
                 warnings.warn(
@@ -141,7 +141,7 @@ class ProximalStep:
         if self._metric is not None and self._exact:
             self._take_in_metric(self._metric, norms, budgets, allowed)
             return
-        factors = self._factors(Competitors(self.groups, norms, budgets))
+        factors = self._factors(Scope(self.groups, norms, budgets))
         self.scale_(factors if allowed is None else torch.where(allowed, factors, 1))
 
     @torch.no_grad()
@@ -163,16 +163,16 @@ class ProximalStep:
     def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
         """The projection onto the budgets: is a group kept? Booleans, shape (m,)."""
         self.groups.weigh(norms)
-        competitors = Competitors(self.groups, norms, budgets)
+        scope = Scope(self.groups, norms, budgets)
         factors = prox_multipliers(
-            self._in_metric_of_weights(competitors.norms),
+            self._in_metric_of_weights(scope.norms),
             1.0,
-            competitors.budgets,
+            scope.budgets,
             costs=self.groups.costs,
             segments=self.groups.segments,
             debias=1.0,
         )
-        return (competitors.with_seeded(factors, 1.0) > 0) & (norms > 0)
+        return (scope.with_kept(factors, 1.0) > 0) & (norms > 0)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs."""
@@ -185,8 +185,8 @@ class ProximalStep:
         self._remainder = None if remainder is None else remainder.to(device)
         self._shares = None if shares is None else shares.to(device)
 
-    def _factors(self, competitors: Competitors) -> Tensor:
-        groups, norms, budgets = self.groups, competitors.norms, competitors.budgets
+    def _factors(self, scope: Scope) -> Tensor:
+        groups, norms, budgets = self.groups, scope.norms, scope.budgets
         if self.schedule.homotopy:
             factors = prox_multipliers(
                 self._in_metric_of_weights(norms),
@@ -197,7 +197,7 @@ class ProximalStep:
                 debias=1.0,
                 anchored=True,
             )
-            return competitors.with_seeded(factors, 1.0)
+            return scope.with_kept(factors, 1.0)
         if groups.is_global:
             # In the metric of the weights, which make layers comparable: they are no heavier ridge.
             factors = self.penalty.multipliers(
@@ -209,7 +209,7 @@ class ProximalStep:
                 debias=self.debias,
             )
             size = torch.as_tensor(self.size, dtype=torch.float64, device=norms.device)
-            return competitors.with_seeded(factors, 1 / (1 + size * (1 - self.debias)))
+            return scope.with_kept(factors, 1 / (1 + size * (1 - self.debias)))
         if self._metric is None:
             return self.penalty.multipliers(
                 norms, self.size, budgets, debias=self.debias, **groups.competition
@@ -233,7 +233,7 @@ class ProximalStep:
         return torch.where(thresholds > 0, factors, 1).to(norms.dtype)
 
     def _take_in_metric(
-        self, metric: GroupMetric, norms: Tensor, budgets: Tensor, allowed: Tensor | None
+        self, metric: GroupPreconditioner, norms: Tensor, budgets: Tensor, allowed: Tensor | None
     ) -> None:
         thresholds = self._thresholds(norms)
         self._shares = metric_shares(

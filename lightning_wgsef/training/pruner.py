@@ -57,8 +57,8 @@ def _with_budget(penalty: Penalty, advice: str) -> str:
     return advice if isinstance(penalty, Envelope) else ""
 
 
-LOOK_EVERY = 50
-"""Steps between two looks at the numbers on the host: convergence, collapse, finite weights."""
+# Steps between two checks that need numbers on the host: convergence, collapse, finite weights.
+CHECK_EVERY = 50
 
 _LATEST = 0.75
 """Share of training at which a mask that has not converged is fixed: the budget is a promise."""
@@ -68,7 +68,7 @@ _COLLAPSED = 1e-3
 _MEASURED = ("weights", "costs", "budgets")
 
 
-class Attachment:
+class Pruner:
     """The groups that one optimizer trains, and where they are on their way to the budget.
 
     Args:
@@ -172,8 +172,8 @@ class Attachment:
             self.step.scale_(inside_half_space(self.groups, self._before, epsilon))
             self._before = {}
         self.taken += 1
-        if self.taken % LOOK_EVERY == 0:
-            self._look()
+        if self.taken % CHECK_EVERY == 0:
+            self._check_progress()
         if self._waits and self._freezes_next():
             self._alive = self.groups.norms() > 0  # the optimizer moves dead groups, too
 
@@ -248,13 +248,13 @@ class Attachment:
         if asked is not None and not torch.equal(asked, self.groups.budgets):
             warn_of_other_budget(float(asked.sum()), float(self.groups.budgets.sum()))
 
-    def _look(self) -> None:
+    def _check_progress(self) -> None:
         self.check_finite()
         groups, norms = self.groups, self.groups.norms()
         if self._waits:
             alive = norms > 0
             value, gap = value_and_gap(groups, norms, groups.budgets)
-            if self._convergence.look(alive, gap, value):
+            if self._convergence.update(alive, gap, value):
                 # Groups beyond the budget may be too weak to count in the gap.
                 self.freeze(self.step.survivors(self.step.norms(), groups.budgets))
         if self._start_norms is not None and not self._collapse_reported:

@@ -21,11 +21,11 @@ from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import parts_of
 from lightning_wgsef.training.freezing import check_freeze
 from lightning_wgsef.training.half_space import HalfSpace, as_half_space
-from lightning_wgsef.training.logged_metrics import curves
+from lightning_wgsef.training.logged_metrics import logged_metrics
 from lightning_wgsef.training.masks import Masks, given_masks, within_masks
 from lightning_wgsef.training.optimizer_hooks import StepHooks, holds, inner, trained_by
 from lightning_wgsef.training.proximal_step import ProximalStep, check_step
-from lightning_wgsef.training.pruner import Attachment
+from lightning_wgsef.training.pruner import Pruner
 from lightning_wgsef.training.schedules import CubicRamp, Schedule, as_schedule, resolve_debias
 from lightning_wgsef.training.scope import value_and_gap
 
@@ -130,7 +130,7 @@ class WGSEF:
             example_input=example_input,
             overlap=overlap,
         )
-        self.attachments: list[Attachment] = []
+        self.pruners: list[Pruner] = []
         self._given_masks: Masks | None = None
         if masks is not None:
             self._given_masks = given_masks(self.groups, masks)
@@ -140,14 +140,14 @@ class WGSEF:
     @property
     def frozen(self) -> bool:
         """Are the masks of all trained layers fixed?"""
-        return bool(self.attachments) and all(part.frozen for part in self.attachments)
+        return bool(self.pruners) and all(pruner.frozen for pruner in self.pruners)
 
     @property
     def masks(self) -> Masks:
         """For every layer a boolean for every group: alive? Frozen masks, else live norms."""
         masks: Masks = {}
-        for part in self.attachments:
-            masks.update(part.masks or {})
+        for pruner in self.pruners:
+            masks.update(pruner.masks or {})
         if len(masks) < len(self.groups.layers):
             masks = {**self.groups.split(self.groups.norms() > 0), **masks}
         return {layer.name: masks[layer.name] for layer in self.groups.layers}
@@ -164,7 +164,7 @@ class WGSEF:
         optimizers = tuple(map(inner, optimizers))
         for optimizer in optimizers:
             self._adopt(optimizer)
-        if not self.attachments:
+        if not self.pruners:
             raise ValueError(
                 "no optimizer trains any of the grouped layers "
                 f"{', '.join(x.name for x in self.groups.layers)}; give their parameters to one"
@@ -176,7 +176,7 @@ class WGSEF:
 
     def waiting(self) -> list[str]:
         """Names of the grouped layers that no attached optimizer trains yet."""
-        attached = {layer.name for part in self.attachments for layer in part.groups.layers}
+        attached = {layer.name for pruner in self.pruners for layer in pruner.groups.layers}
         return [layer.name for layer in self.groups.layers if layer.name not in attached]
 
     def detach(self) -> None:
@@ -194,15 +194,15 @@ class WGSEF:
         for hooks in self._hooks:
             if hooks.optimizer is optimizer and hooks.grown():
                 self._adopt(optimizer)
-        for part in self.attachments:
-            if part.optimizer is optimizer:
-                part.after_step()
+        for pruner in self.pruners:
+            if pruner.optimizer is optimizer:
+                pruner.after_step()
 
     def before_step(self, optimizer: Optimizer) -> None:
         """What `attach` does before every step of ``optimizer`` where there is a half space."""
-        for part in self.attachments:
-            if part.optimizer is optimizer:
-                part.before_step()
+        for pruner in self.pruners:
+            if pruner.optimizer is optimizer:
+                pruner.before_step()
 
     def value(self) -> Tensor:
         """Value of the penalty in every layer, shape (S,); in a global competition of all, (1,)."""
@@ -218,19 +218,19 @@ class WGSEF:
         Raises:
             FloatingPointError: names the layers.
         """
-        for part in self.attachments:
-            part.check_finite()
+        for pruner in self.pruners:
+            pruner.check_finite()
 
     def metrics(self) -> dict[str, Tensor]:
         """Numbers to log, always under the same names; on the model's device, nothing waits."""
         norms = self.groups.norms()
         values, gaps = self._value_and_gap(norms)
-        steps = [part.step_size for part in self.attachments]
-        return curves(self.groups, norms, values, gaps, steps, frozen=self.frozen)
+        steps = [pruner.step_size for pruner in self.pruners]
+        return logged_metrics(self.groups, norms, values, gaps, steps, frozen=self.frozen)
 
     def state_dict(self) -> dict[str, Any]:
         """Counters and masks, in plain types and tensors (loads under ``weights_only=True``)."""
-        return {"attachments": [part.state_dict() for part in self.attachments]}
+        return {"attachments": [pruner.state_dict() for pruner in self.pruners]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`, after the optimizers were attached.
@@ -250,14 +250,14 @@ class WGSEF:
         restored = []
         for saved in parts_of(state, counts, optimizers):
             layers = saved["layers"]
-            part = self._attachment(
+            pruner = self._pruner(
                 self.groups.only(layers), optimizers[next(iter(layers))], saved["total_steps"]
             )
-            part.load_state_dict(saved)
-            restored.append(part)
+            pruner.load_state_dict(saved)
+            restored.append(pruner)
         known = {name for saved in state["attachments"] for name in saved["layers"]}
-        fresh = [p for p in self.attachments if known.isdisjoint(x.name for x in p.groups.layers)]
-        self.attachments = restored + fresh
+        fresh = [p for p in self.pruners if known.isdisjoint(x.name for x in p.groups.layers)]
+        self.pruners = restored + fresh
 
     def _value_and_gap(self, norms: Tensor) -> tuple[Tensor, Tensor]:
         groups = self.groups
@@ -271,11 +271,11 @@ class WGSEF:
         waiting = self.waiting()
         names = [name for name in trained_by(self.groups, optimizer) if name in waiting]
         if names:
-            taken = max((p.taken for p in self.attachments if p.optimizer is optimizer), default=0)
+            taken = max((p.taken for p in self.pruners if p.optimizer is optimizer), default=0)
             left = None if self.total_steps is None else max(self.total_steps - taken, 1)
-            self.attachments.append(self._attachment(self.groups.only(names), optimizer, left))
+            self.pruners.append(self._pruner(self.groups.only(names), optimizer, left))
 
-    def _attachment(self, groups: Groups, optimizer: Optimizer, total: int | None) -> Attachment:
+    def _pruner(self, groups: Groups, optimizer: Optimizer, total: int | None) -> Pruner:
         masks = self._given_masks
         step = ProximalStep(
             groups,
@@ -286,7 +286,7 @@ class WGSEF:
             metric=self.metric,
             total_steps=total,
         )
-        return Attachment(
+        return Pruner(
             step,
             freeze=self.freeze_rule,
             ramp=self.ramp,

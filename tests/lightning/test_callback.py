@@ -60,7 +60,7 @@ def test_acts_once_for_every_step_of_the_optimizer(accumulate: int) -> None:
     callback = WGSEFCallback(k=0.25)
     trainer = make_trainer([callback], accumulate_grad_batches=accumulate)
     trainer.fit(model, loader())
-    (part,) = callback.regularizer.attachments
+    (part,) = callback.regularizer.pruners
     assert trainer.global_step == 2 * -(-20 // accumulate)
     assert part.total_steps == trainer.global_step
     assert part.taken == int(0.5 * trainer.global_step + 0.5)  # counted until the freeze
@@ -109,7 +109,7 @@ def test_resuming_a_finished_run_keeps_its_masks(tmp_path: Any) -> None:
     more = make_trainer([callback], max_epochs=3)
     more.fit(last, loader(), ckpt_path=tmp_path / "second.ckpt")
     assert alive(last) == BUDGET
-    assert callback.regularizer.attachments[0].taken == 20  # frozen since then, not begun anew
+    assert callback.regularizer.pruners[0].taken == 20  # frozen since then, not begun anew
     assert callback.regularizer.frozen
 
 
@@ -161,13 +161,13 @@ def test_second_fit_goes_on_and_another_model_starts_anew() -> None:
     callback = WGSEFCallback(k=0.25, lam=Homotopy(length=30))
     with pytest.warns(UserWarning, match="before the mask was frozen"):
         make_trainer([callback], max_epochs=1, limit_train_batches=15).fit(model, loader())
-    assert callback.regularizer.attachments[0].taken == 15
+    assert callback.regularizer.pruners[0].taken == 15
     assert alive(model) == {"conv2": 8, "fc": 12}
     make_trainer([callback], max_epochs=1).fit(model, loader())
     assert alive(model) == BUDGET
     with pytest.warns(UserWarning, match="before the mask was frozen"):
         make_trainer([callback], max_epochs=1, limit_train_batches=5).fit(other, loader())
-    assert callback.regularizer.attachments[0].taken == 5
+    assert callback.regularizer.pruners[0].taken == 5
     assert alive(other) == {"conv2": 8, "fc": 12}
 
 
@@ -183,7 +183,7 @@ def test_interrupted_fit_lets_go_of_the_optimizer_and_can_go_on() -> None:
     with pytest.raises(RuntimeError, match="interrupted"):
         trainer.fit(model, loader())
     assert not trainer.optimizers[0]._optimizer_step_post_hooks
-    assert callback.regularizer.attachments[0].taken == 7
+    assert callback.regularizer.pruners[0].taken == 7
     make_trainer([callback]).fit(model, loader())
     assert alive(model) == BUDGET
 
@@ -210,7 +210,7 @@ def test_manual_optimization_with_two_optimizers() -> None:
     callback = WGSEFCallback(k=0.25, lam=Homotopy(length=18))
     with pytest.warns(UserWarning, match="before the mask was frozen.*'fc': 12"):
         make_trainer([callback], max_epochs=1).fit(model, loader())
-    assert [part.taken for part in callback.regularizer.attachments] == [18, 10]
+    assert [part.taken for part in callback.regularizer.pruners] == [18, 10]
     assert alive(model) == {"conv2": 2, "fc": 12}
 
 
@@ -246,7 +246,7 @@ def test_constant_lam_keeps_the_budget_even_if_it_does_not_converge() -> None:
     with pytest.warns(UserWarning, match=r"by step 30, three.*'conv2': 6, 'fc': 9"):
         make_trainer([callback]).fit(model, loader())
     assert alive(model) == BUDGET
-    assert callback.regularizer.attachments[0].taken == 30  # of 40
+    assert callback.regularizer.pruners[0].taken == 30  # of 40
 
 
 def test_training_that_ends_before_the_freeze_says_so() -> None:

@@ -117,7 +117,7 @@ def test_case_13_validate_and_test_with_a_checkpoint(tmp_path: Any) -> None:
         assert torch.equal(torch.stack(model.losses), torch.stack(losses))
     # The state that belongs to the weights that were loaded last: 4 of 5 steps are taken.
     make_trainer([callback], max_epochs=1).fit(model, data(1))
-    assert callback.regularizer.attachments[0].taken == 5
+    assert callback.regularizer.pruners[0].taken == 5
     assert callback.regularizer.frozen
     assert [len(columns) for columns in alive(model.net)] == [K, K]
 

@@ -73,7 +73,7 @@ def test_case_08_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
     both = [callback, Unfreezing()] if first else [Unfreezing(), callback]
     with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
         make_trainer(both, max_epochs=2).fit(model, data(5))
-    assert [part.taken for part in callback.regularizer.attachments] == [10, 5]
+    assert [part.taken for part in callback.regularizer.pruners] == [10, 5]
     assert_same(model.net, two_stages())
 
 
@@ -86,7 +86,7 @@ def test_case_08_parameters_that_thaw_inside_the_optimizer() -> None:
     model.net[3].requires_grad_(False)
     with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
         make_trainer([callback, Thawing()], max_epochs=2).fit(model, data(5))
-    assert [part.taken for part in callback.regularizer.attachments] == [10, 5]
+    assert [part.taken for part in callback.regularizer.pruners] == [10, 5]
     assert_same(model.net, two_stages())
 
 
@@ -131,10 +131,10 @@ def test_case_08_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) ->
     for freeze in (3, 12):
         model, callback = fit(freeze)
         again, resumed = fit(freeze, ckpt_path=tmp_path / str(freeze) / "epoch=1.ckpt")
-        assert [part.frozen for part in callback.regularizer.attachments] == [True, True]
+        assert [part.frozen for part in callback.regularizer.pruners] == [True, True]
         assert resumed.regularizer.state_dict().keys() == callback.regularizer.state_dict().keys()
         for ours, theirs in zip(
-            resumed.regularizer.attachments, callback.regularizer.attachments, strict=True
+            resumed.regularizer.pruners, callback.regularizer.pruners, strict=True
         ):
             assert ours.taken == theirs.taken
             assert [x.name for x in ours.groups.layers] == [x.name for x in theirs.groups.layers]

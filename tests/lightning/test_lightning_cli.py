@@ -169,7 +169,7 @@ def test_fit_from_a_file(name: str, shape: str, tmp_path: Path) -> None:
     words = configured(tmp_path, shape.format(one("k: {net.2: 3, net.*: 0.25}")))
     cli = command(name, ["fit", *words])
     assert alive_columns(cli.model.net) == {"net.2": 3, "net.4": 2}
-    assert callback_of(cli).regularizer.attachments[0].taken == 10  # half of training
+    assert callback_of(cli).regularizer.pruners[0].taken == 10  # half of training
 
 
 def test_penalty_with_a_number_as_lam(tmp_path: Path) -> None:
@@ -189,7 +189,7 @@ def test_words_of_a_command_line(name: str, tmp_path: Path) -> None:
     cli = command(name, ["fit", *words, *more])
     assert described(callback_of(cli).arguments["k"]) == "3"
     assert callback_of(cli).arguments["lam"] == Homotopy(length=4)
-    assert callback_of(cli).regularizer.attachments[0].taken == 4
+    assert callback_of(cli).regularizer.pruners[0].taken == 4
     assert alive_columns(cli.model.net) == {"net.2": 3, "net.4": 8}
     named = command(name, [*words, "--trainer.callbacks.grouping=2:4"], run=False)
     assert callback_of(named).arguments["grouping"] == "2:4"

@@ -214,7 +214,7 @@ def test_case_05_manual_optimization(raw: bool) -> None:
     callback = WGSEFCallback(k=K, lam=LAM, freeze=None)
     trainer = make_trainer([callback], max_epochs=1)
     trainer.fit(model, data(7))
-    assert [part.taken for part in callback.regularizer.attachments] == [7, 4]
+    assert [part.taken for part in callback.regularizer.pruners] == [7, 4]
     assert trainer.global_step == (0 if raw else 11)
 
     net = Dense().net

@@ -83,7 +83,7 @@ def test_case_19_bfloat16_shrinkage_is_not_lost() -> None:
     trainer.fit(model, data(150, torch.float32))
     after = model.net[2].weight.detach()
     assert after.dtype == torch.bfloat16
-    assert callback.regularizer.attachments[0].taken == 150
+    assert callback.regularizer.pruners[0].taken == 150
     half_a_unit = torch.finfo(torch.bfloat16).eps / 4
     assert half_a_unit > 1e-3  # each step alone is rounded away
     factor = after.double().norm() / before.norm()
@@ -106,7 +106,7 @@ class Joint(Dense):
 
     def on_train_end(self) -> None:
         (callback,) = (c for c in self.trainer.callbacks if isinstance(c, WGSEFCallback))
-        (part,) = callback.regularizer.attachments
+        (part,) = callback.regularizer.pruners
         state = {"net": self.net.state_dict(), "taken": part.taken, "masks": part.masks}
         torch.save(state, self.folder / f"{self.global_rank}.pt")
 
@@ -197,7 +197,7 @@ def test_case_22_command_line(
     command = namespace(f"{name}.cli").LightningCLI(WithData, save_config_callback=None)
     (callback,) = (c for c in command.trainer.callbacks if isinstance(c, WGSEFCallback))
     assert still_alive(command.model) == {"conv2": 2, "fc": 3}
-    assert callback.regularizer.attachments[0].taken == 20
+    assert callback.regularizer.pruners[0].taken == 20
 
 
 class Validated(Dense):

@@ -13,7 +13,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
 from lightning_wgsef import WGSEFCallback
-from lightning_wgsef.lightning.tensorboard import COLUMNS, ROWS, GroupLife
+from lightning_wgsef.lightning.tensorboard import COLUMNS, ROWS, GroupHistory
 from tests.helpers.trainers import loader, make_module, make_trainer
 
 
@@ -135,13 +135,13 @@ def test_the_event_file_stays_small(tmp_path: Path) -> None:
 
 def test_life_is_ordered_by_death_and_thinned() -> None:
     deaths = torch.tensor([5, 1000, 20, 0, 700])
-    life = GroupLife({"a": 2, "b": 3})
+    history = GroupHistory({"a": 2, "b": 3})
     for step in range(1000):
-        life.look(step < deaths)
-    looks = life.looks("b")
-    assert COLUMNS / 2 <= len(looks) <= COLUMNS
-    assert looks.sum(0).tolist() == [-(-20 * 250 // 1000), 0, 700 * 250 // 1000]
-    picture = life.picture("b")
+        history.update(step < deaths)
+    alive = history.alive("b")
+    assert COLUMNS / 2 <= len(alive) <= COLUMNS
+    assert alive.sum(0).tolist() == [-(-20 * 250 // 1000), 0, 700 * 250 // 1000]
+    picture = history.picture("b")
     height, width = picture.shape[1:]
     assert height == ROWS // 3 * 3
     assert width == 250
@@ -150,9 +150,9 @@ def test_life_is_ordered_by_death_and_thinned() -> None:
 
 
 def test_many_groups_are_shown_in_part() -> None:
-    life = GroupLife({"a": 10_000})
-    life.look(torch.arange(10_000) < 5_000)
-    picture = life.picture("a")
+    history = GroupHistory({"a": 10_000})
+    history.update(torch.arange(10_000) < 5_000)
+    picture = history.picture("a")
     assert picture.shape == (3, ROWS, COLUMNS)
     assert float((picture[2] == 180).float().mean()) == 0.5
 

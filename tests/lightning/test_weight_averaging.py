@@ -53,7 +53,7 @@ def test_case_14_averages_keep_the_zeros(what: str, start: int, first: bool) -> 
     model, callback, seen = Dense(), pruning(6), Watch()
     both = [callback, make()] if first else [make(), callback]
     make_trainer([*both, seen], max_epochs=4).fit(model, data(4))
-    assert callback.regularizer.attachments[0].taken == 6
+    assert callback.regularizer.pruners[0].taken == 6
     if what == "ema":
         expected = seen.steps[0]
         for step in seen.steps[1:]:

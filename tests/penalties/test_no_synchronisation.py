@@ -67,7 +67,7 @@ def test_whole_step_and_the_numbers_to_log(grouping: str, lam: Homotopy | float)
         parameter.grad = torch.zeros_like(parameter)
     for _ in range(3):
         optimizer.step()
-    assert regularizer.attachments[0].taken == 3
+    assert regularizer.pruners[0].taken == 3
     assert all(number.dim() == 0 for number in regularizer.metrics().values())
 
 

@@ -93,7 +93,7 @@ def outcome(module: Module, callback: WGSEFCallback) -> dict[str, Any]:
     return {
         "weights": {name: whole(value) for name, value in module.network.named_parameters()},
         "moments": {
-            name: whole(callback.regularizer.attachments[0].optimizer.state[value]["exp_avg"])
+            name: whole(callback.regularizer.pruners[0].optimizer.state[value]["exp_avg"])
             for name, value in module.network.named_parameters()
         },
         "masks": callback.regularizer.masks,

@@ -57,7 +57,7 @@ def alive_columns(net: nn.Sequential) -> dict[str, int]:
 def main(name: str, arguments: list[str]) -> Any:
     cli = import_module(f"{name}.cli").LightningCLI(module_class(name), args=arguments)
     (callback,) = (c for c in cli.trainer.callbacks if isinstance(c, WGSEFCallback))
-    (part,) = callback.regularizer.attachments
+    (part,) = callback.regularizer.pruners
     alive = alive_columns(cli.model.net)
     print(json.dumps({"alive": alive, "taken": part.taken, "frozen": part.frozen}))
 

@@ -16,7 +16,7 @@ from torch import nn
 
 import lightning_wgsef
 from lightning_wgsef import WGSEF, Homotopy, WGSEFCallback, group_parameters
-from lightning_wgsef.training import pruner as attachment
+from lightning_wgsef.training import pruner
 from lightning_wgsef.training.masks import masks_from_checkpoint
 from tests.helpers.groups import PRUNED, batches, dense_network, lists, pruned, raises_naming
 from tests.helpers.malicious_files import Malicious, at, changed, like_but_wrong, places, variants
@@ -139,13 +139,13 @@ def test_every_place_of_the_state_is_checked(run: str) -> None:
 
 def test_planted_fault_without_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
     """Then wrong values are found somewhere inside, or never."""
-    monkeypatch.setattr(attachment, "check_state", lambda *_: None)
+    monkeypatch.setattr(pruner, "check_state", lambda *_: None)
     state, model = trained_state("frozen"), Dense()
     regularizer = WGSEF(model, **RUNS["frozen"]).attach(sgd(model.net))
     with pytest.raises(AttributeError):
         regularizer.load_state_dict(changed(state, ("attachments", 0, "masks"), "many"))
     regularizer.load_state_dict(changed(state, ("attachments", 0, "taken"), "many"))
-    assert regularizer.attachments[0].taken == "many"
+    assert regularizer.pruners[0].taken == "many"
 
 
 def test_the_state_itself_is_accepted() -> None:
@@ -153,7 +153,7 @@ def test_the_state_itself_is_accepted() -> None:
         model = Dense()
         regularizer = WGSEF(model, total_steps=8, **RUNS[run])
         regularizer.attach(optimizer_of(model, run)).load_state_dict(trained_state(run))
-        assert regularizer.attachments[0].taken == (2 if run == "frozen" else 3)
+        assert regularizer.pruners[0].taken == (2 if run == "frozen" else 3)
 
 
 def test_values_out_of_their_range() -> None:
@@ -203,7 +203,7 @@ def test_resume_under_a_trainer(name: str, tmp_path: Path) -> None:
     trainer = make_trainer([callback], max_epochs=3)
     with raises_naming("the saved state is", name):
         trainer.fit(model, data(3), ckpt_path=tmp_path / "crafted.ckpt", weights_only=True)
-    assert callback.regularizer.attachments[0].taken == 0
+    assert callback.regularizer.pruners[0].taken == 0
     saved = content["state_dict"]
     assert all(torch.equal(saved[key], value) for key, value in model.state_dict().items())
 

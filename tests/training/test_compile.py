@@ -123,7 +123,7 @@ def test_compiled_run_is_the_plain_run(how: str, backend: str, tmp_path: Path) -
     plain, _, _, _ = trained("", backend, tmp_path / "plain")
     model, callback, schedule, trainer = trained(how, backend, tmp_path / "compiled")
     assert len(schedule.rates) == FREEZE - 1  # then the projection, then the mask
-    assert callback.regularizer.attachments[0].taken == FREEZE
+    assert callback.regularizer.pruners[0].taken == FREEZE
     assert_same(network(model), network(plain), tolerance(backend))
     assert [len(columns) for columns in alive(network(model))] == [K, K]
 
@@ -186,7 +186,7 @@ def test_compiled_function_of_a_plain_loop(attached: str, backend: str) -> None:
         assert (counters["stats"]["unique_graphs"] > 0) == compiled
         late = attached == "after"  # the first step was not seen
         assert len(schedule.rates) == FREEZE - 1
-        assert regularizer.attachments[0].taken == FREEZE
+        assert regularizer.pruners[0].taken == FREEZE
         assert STEPS - late >= FREEZE
         return net
 

@@ -141,7 +141,7 @@ VALUE = torch.tensor([1.0, 1.0])
 
 
 def looks(convergence, *seen):
-    return [convergence.look(alive, gap, VALUE) for alive, gap in seen]
+    return [convergence.update(alive, gap, VALUE) for alive, gap in seen]
 
 
 def test_converged_after_as_many_equal_looks_as_patience():
@@ -172,16 +172,16 @@ def test_a_gap_in_one_layer_starts_again():
 def test_the_gap_is_relative_to_the_value():
     convergence = Convergence(tolerance=0.1, patience=1)
     gap = torch.tensor([1.0])
-    assert not convergence.look(ALIVE, gap, torch.tensor([10.0]))
-    assert convergence.look(ALIVE, gap, torch.tensor([10.0]))
-    assert not convergence.look(ALIVE, gap, torch.tensor([9.9]))
+    assert not convergence.update(ALIVE, gap, torch.tensor([10.0]))
+    assert convergence.update(ALIVE, gap, torch.tensor([10.0]))
+    assert not convergence.update(ALIVE, gap, torch.tensor([9.9]))
 
 
 def test_nothing_left_is_settled():
     """Value and gap are both zero: 0 <= 0."""
     convergence, nothing = Convergence(patience=1), torch.zeros(2)
-    assert not convergence.look(~ALIVE & ALIVE, nothing, nothing)
-    assert convergence.look(~ALIVE & ALIVE, nothing, nothing)
+    assert not convergence.update(~ALIVE & ALIVE, nothing, nothing)
+    assert convergence.update(~ALIVE & ALIVE, nothing, nothing)
 
 
 def test_nan_is_not_settled():
@@ -336,7 +336,7 @@ def test_debiased_constant_stops_at_the_projection() -> None:
     assert [int((norm > 0).sum()) for norm in norms] == [2, 2]
     for norm, expected in zip(norms, kept, strict=True):
         torch.testing.assert_close(norm.topk(2).values, expected, rtol=0, atol=0)
-    assert regularizer.attachments[0].step_size.item() == 1.0
+    assert regularizer.pruners[0].step_size.item() == 1.0
 
 
 def test_collapse_is_reported_once_with_layer_and_lam() -> None:

@@ -20,7 +20,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import Tensor
 
 from lightning_wgsef import WGSEF, Groups, WGSEFCallback
-from lightning_wgsef.training import pruner as attachment
+from lightning_wgsef.training import pruner
 from lightning_wgsef.training.freezing import Convergence
 from lightning_wgsef.training.proximal_step import ProximalStep
 from tests.helpers.fuzzing import (
@@ -215,8 +215,8 @@ def check(training: Training) -> str:
 @pytest.fixture(autouse=True)
 def _looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Looks at the convergence are 50 steps apart, which is longer than these trainings."""
-    monkeypatch.setattr(attachment, "LOOK_EVERY", 2)
-    monkeypatch.setattr(attachment, "Convergence", lambda: Convergence(patience=1))
+    monkeypatch.setattr(pruner, "CHECK_EVERY", 2)
+    monkeypatch.setattr(pruner, "Convergence", lambda: Convergence(patience=1))
 
 
 def test_whole_trainings(capsys: Any) -> None:
@@ -249,10 +249,10 @@ SOUND = Training(
     Network("conv", 6, 6, "batch"), {"k": 0.5}, "adam", precision="bf16-true", interrupt=2
 )
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
-    "moments are kept": (attachment, "clear_moments", lambda _: lambda *_: None, "check_freeze"),
-    "the dead live": (attachment, "apply_masks", lambda _: lambda *_: None, "on_train_batch_end"),
+    "moments are kept": (pruner, "clear_moments", lambda _: lambda *_: None, "check_freeze"),
+    "the dead live": (pruner, "apply_masks", lambda _: lambda *_: None, "on_train_batch_end"),
     "live weights are touched": (
-        attachment,
+        pruner,
         "apply_masks",
         lambda _: lambda groups, masks: groups.scale_(torch.cat([*masks.values()]) * 0.9),
         "on_train_batch_end",
@@ -264,7 +264,7 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
         "check_budgets",
     ),
     "a resumed run counts from 0": (
-        attachment.Attachment,
+        pruner.Pruner,
         "load_state_dict",
         lambda right: lambda part, state: right(part, {**state, "taken": 0}),
         "check_freeze",

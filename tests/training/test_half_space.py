@@ -159,7 +159,7 @@ def test_steps_without_gradients_change_nothing():
     for _ in range(3):
         optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-    assert regularizer.attachments[0].taken == 8
+    assert regularizer.pruners[0].taken == 8
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

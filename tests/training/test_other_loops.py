@@ -96,7 +96,7 @@ def test_every_loop_ends_with_the_same_weights(loop: Any) -> None:
         assert torch.equal(one, other)
     for own in (regularizer, first):
         assert own.frozen
-        assert [part.taken for part in own.attachments] == [LENGTH]
+        assert [part.taken for part in own.pruners] == [LENGTH]
         assert [int(mask.sum()) for mask in own.masks.values()] == [3]
 
 

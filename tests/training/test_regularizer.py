@@ -82,10 +82,10 @@ def test_unchanged_without_gradients_and_with_lam_zero() -> None:
     for net, optimizer in zip((model, twin), optimizers, strict=True):
         train(net, optimizer, batches(5))
     assert all(torch.equal(a, b) for a, b in zip(columns(model), columns(twin), strict=True))
-    assert regularizer.attachments[0].taken == 5
+    assert regularizer.pruners[0].taken == 5
     optimizers[0].zero_grad()
     optimizers[0].step()
-    assert regularizer.attachments[0].taken == 5
+    assert regularizer.pruners[0].taken == 5
 
 
 def test_learning_rate_is_that_of_the_layers_param_group() -> None:
@@ -99,7 +99,7 @@ def test_learning_rate_is_that_of_the_layers_param_group() -> None:
     )
     regularizer = WGSEF(model, k=1, lam=2.0).attach(optimizer)
     train(model, optimizer, batches(1))
-    steps = regularizer.attachments[0].step_size
+    steps = regularizer.pruners[0].step_size
     torch.testing.assert_close(steps, torch.tensor([0.2, 0.6], dtype=torch.float64))
 
 
@@ -137,7 +137,7 @@ def test_weights_and_norms_in_param_groups_of_one_optimizer() -> None:
     regularizer = WGSEF(model, k=2, grouping="filter", lam=0.5).attach(optimizer)
     model(torch.randn(2, 1, 8, 8)).square().mean().backward()
     optimizer.step()
-    assert regularizer.attachments[0].step_size == pytest.approx(0.05)
+    assert regularizer.pruners[0].step_size == pytest.approx(0.05)
 
 
 def test_layer_that_joins_the_optimizer_later() -> None:
@@ -159,7 +159,7 @@ def test_layer_that_joins_the_optimizer_later() -> None:
     other = torch.optim.SGD(restored.parameters(), lr=0.01)
     again = WGSEF(restored, k=2, lam=Homotopy(length=4)).attach(other)
     again.load_state_dict(regularizer.state_dict())
-    assert [part.taken for part in again.attachments] == [4, 4]
+    assert [part.taken for part in again.pruners] == [4, 4]
     assert again.frozen
 
 
@@ -192,7 +192,7 @@ def test_fused_step_that_found_infinities_is_skipped() -> None:
     optimizer.found_inf = torch.tensor(0.0)
     optimizer.step()
     assert all(not torch.equal(a, b) for a, b in zip(columns(model), before, strict=True))
-    assert regularizer.attachments[0].taken == 2
+    assert regularizer.pruners[0].taken == 2
 
 
 def test_metrics_have_constant_names_and_true_values() -> None:

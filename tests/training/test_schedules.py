@@ -37,7 +37,7 @@ def test_groups_left_after_every_step(k, least, length):
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     budget = CubicRamp(k, length)
     regularizer = WGSEF(model, budget, **PROJECTING, total_steps=20).attach(optimizer)
-    (part,) = regularizer.attachments
+    (part,) = regularizer.pruners
     steps = length if isinstance(length, int) else 10
     for number, batch in enumerate(batches(12), start=1):
         wanted = [
@@ -84,7 +84,7 @@ def test_costs(scope):
     own = torch.tensor([3.0, 1.0, 2.0, 4.0, 2.0]), torch.tensor([1.0, 2.5, 1.0, 3.0, 1.0, 1.5])
     more = {"costs": torch.cat(own), "scope": scope, **PROJECTING}
     regularizer = WGSEF(model, CubicRamp(0.5, length=10), **more).attach(optimizer)
-    (part,) = regularizer.attachments
+    (part,) = regularizer.pruners
     totals = [12.0, 10.0] if scope == "layer" else [22.0]
     for number, batch in enumerate(batches(12), start=1):
         wanted = [ramp(total / 2, total, number, 10) for total in totals]
@@ -117,7 +117,7 @@ def test_with_a_constant_lam_the_mask_is_that_of_the_last_budget():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     budget = CubicRamp(2, length=8)
     regularizer = WGSEF(model, budget, lam=20.0, freeze=12).attach(optimizer)
-    (part,) = regularizer.attachments
+    (part,) = regularizer.pruners
     train(model, optimizer, batches(11))
     assert part.budgets().tolist() == [2, 2]
     train(model, optimizer, batches(12)[11:])
@@ -236,7 +236,7 @@ def test_warmup_rises_to_the_constant(lam, length, total):
 
 @pytest.mark.parametrize("schedule", [Constant(0.5), Warmup(0.5, length=4)])
 def test_a_learning_rate_may_be_a_tensor(schedule):
-    """One for every layer, as an attachment gives it; the result stays on its device."""
+    """One for every layer, as a pruner gives it; the result stays on its device."""
     rates = torch.tensor([0.1, 0.2], dtype=torch.float64)
     sizes = schedule.step_size(1, None, lr=rates)
     wanted = [schedule.step_size(1, None, lr=rate) for rate in rates.tolist()]
