@@ -1,4 +1,4 @@
-"""What k means: counts or shares of groups or of costs, of every layer or of all together."""
+"""Budgets: k as a count or a share of groups or of costs, layer by layer or over all layers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def check_budget(k: Budget, scope: str = "layer") -> None:
 def with_costs(
     model: nn.Module, layers: Sequence[GroupedLayer], costs: Costs, example_input: Any | None
 ) -> tuple[list[GroupedLayer], float]:
-    """The layers with these costs, and what everything else in the model costs.
+    """Give the layers these costs, and sum up what everything else in the model costs.
 
     Raises:
         ValueError: see `group_costs`; or a tensor of another length than the groups.
@@ -72,7 +72,7 @@ def with_costs(
 
 
 def layer_budget(layer: GroupedLayer, k: Budget) -> float:
-    """The budget of one layer; it admits at least one group.
+    """Return the budget of one layer, which admits at least one group.
 
     Raises:
         ValueError: more than the layer has, or less than its dearest group costs.
@@ -94,7 +94,7 @@ def layer_budget(layer: GroupedLayer, k: Budget) -> float:
 
 
 def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -> float:
-    """The budget of all layers together; it admits at least one group of each.
+    """Return the budget of all layers together, which admits at least one group of each.
 
     Args:
         layers: the layers, with their costs.
@@ -126,7 +126,7 @@ def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -
 
 
 def _layer_budget_in_costs(layer: GroupedLayer, k: int | float, costs: Tensor) -> float:
-    """A budget in units of cost. It admits the dearest group, which may be the strongest."""
+    """Return a budget in units of cost that admits the dearest group, maybe the strongest."""
     total, dearest = float(costs.sum()), float(costs.max())
     if not isinstance(k, Integral):
         if k * total < float(costs.min()):

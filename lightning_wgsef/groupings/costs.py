@@ -1,4 +1,4 @@
-"""What groups cost: weights, operations or time, measured in one model."""
+"""Costs of groups: weights, operations or time, measured in one model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _KNOWN = ", ".join(map(repr, _NAMES))
 def group_costs(
     model: nn.Module, groups: Groups, costs: str, example_input: Any | None = None
 ) -> tuple[dict[str, Tensor], float]:
-    r"""What every group of ``model`` costs, and what everything outside of groups costs.
+    r"""Measure what every group of ``model`` costs, and what everything outside of groups costs.
 
     ``"params"`` counts the weights of a group. ``"flops"`` and ``"latency"`` share what a layer
     costs in one forward pass, C, by the number n of a group's weights in the largest member:

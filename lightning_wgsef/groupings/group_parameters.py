@@ -1,4 +1,4 @@
-"""The choice of layers, weights, costs and budgets: `group_parameters`."""
+"""Grouping of a model: the choice of layers, penalty weights, costs and budgets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def group_parameters(
     example_input: Any | None = None,
     overlap: str = "error",
 ) -> Groups:
-    """The groups of ``model`` with a budget for every layer; print the result to see them.
+    """Group the weights of ``model``, with a budget for every layer; print the result to see them.
 
     Args:
         model: any module.

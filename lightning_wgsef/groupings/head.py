@@ -1,4 +1,4 @@
-"""`head`: one head of an attention module."""
+"""Attention heads as groups: the grouping `head`."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def head_groups(model: nn.Module) -> Groups:
 
 
 class _UnfitError(Exception):
-    """The reason why the heads of a module cannot be grouped."""
+    """Reason why the heads of a module cannot be grouped."""
 
 
 def _heads(block: AttentionBlock) -> GroupedLayer:
@@ -93,7 +93,7 @@ def _heads(block: AttentionBlock) -> GroupedLayer:
 def _owners(
     roles: tuple[str, ...], widths: dict[str, int], count: int, parameter: Tensor
 ) -> Tensor:
-    """The group of every output of a parameter that holds the roles one after the other."""
+    """Return the group of every output of a parameter that holds the roles one after another."""
     parts = []
     for role in roles:
         outputs = torch.arange(widths[role], device=parameter.device)
@@ -102,7 +102,7 @@ def _owners(
 
 
 def _widths(block: AttentionBlock) -> dict[str, int]:
-    """How many outputs the queries, keys and values have, over all heads."""
+    """Return how many outputs the queries, keys and values have, over all heads."""
     layers = block.layers
     roles = {role: [r for r in ROLES if layers[r] is layers[role]] for role in ROLES}
     widths = {role: layers[role].outputs // len(roles[role]) for role in ROLES}
@@ -120,7 +120,7 @@ def _widths(block: AttentionBlock) -> dict[str, int]:
 
 
 def _counts(block: AttentionBlock, widths: dict[str, int]) -> tuple[int, int]:
-    """Number of heads of the queries, and of the keys and values."""
+    """Count the heads of the queries, and of the keys and values."""
     query, key, value = (widths[role] for role in ROLES)
     width = told_width = _number(block, _HEAD_WIDTHS, config=False)
     heads = _number(block, HEADS, config=False) or (query // width if width else 0)
@@ -155,7 +155,7 @@ def _counts(block: AttentionBlock, widths: dict[str, int]) -> tuple[int, int]:
 
 
 def _number(block: AttentionBlock, names: Iterable[str], *, config: bool) -> int:
-    """The first attribute with one of these names, 0 for none."""
+    """Return the first attribute with one of these names, 0 for none."""
     places: list[object] = [block.module, block.holder]
     if config:
         places = [getattr(place, "config", None) for place in places]
@@ -168,7 +168,7 @@ def _number(block: AttentionBlock, names: Iterable[str], *, config: bool) -> int
 
 
 def _obstacle(block: AttentionBlock, widths: dict[str, int], heads: int) -> str:
-    """Why zero heads cannot be taken out of the module."""
+    """Say why zero heads cannot be taken out of the module; "" if they can."""
     if isinstance(block.module, nn.MultiheadAttention) or heads == 1:
         return ""
     whole = {*widths.values(), block.layers["output"].inputs}

@@ -1,4 +1,4 @@
-"""`hidden`: one hidden unit of a block of two dense layers, gated or not."""
+"""Hidden units of MLP blocks as groups, gated or not: the grouping `hidden`."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ Layers = dict[nn.Module, DenseLayer]
 
 @dataclass(frozen=True, eq=False)
 class _Step:
-    """A module that is run: a dense layer, or something between dense layers."""
+    """Module that is run: a dense layer, or something between dense layers."""
 
     name: str
     module: nn.Module
@@ -96,7 +96,7 @@ def hidden_groups(model: nn.Module) -> Groups:
 
 
 def _steps(name: str, parent: nn.Module, hidden: Layers) -> list[_Step]:
-    """The children of ``parent``; instead of one that holds a single dense layer, its children."""
+    """List the children of ``parent``; for one that holds a single dense layer, its children."""
     steps = []
     for path, child in _children(name, parent):
         within = _children(path, child)
@@ -113,7 +113,7 @@ def _children(name: str, parent: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def _blocks(steps: list[_Step], parent: nn.Module) -> Iterator[_Block]:
-    """Every candidate for a block among the steps."""
+    """Yield every candidate for a block among the steps."""
     layers = [step.layer for step in steps if step.layer is not None]
     gated: list[DenseLayer] = []
     for ups, down in [] if isinstance(parent, nn.Sequential) else _gated(layers):
@@ -127,7 +127,7 @@ def _blocks(steps: list[_Step], parent: nn.Module) -> Iterator[_Block]:
 
 
 def _gated(layers: list[DenseLayer]) -> Iterator[tuple[list[DenseLayer], DenseLayer]]:
-    """Two layers of the same shape and one that reads as many features as they make."""
+    """Yield two layers of the same shape and one that reads as many features as they make."""
     named = {layer.name.rpartition(".")[2]: layer for layer in layers}
     for names in _GATED:
         if all(name in named for name in names):
@@ -186,7 +186,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _norm_width(module: nn.Module) -> int:
-    """Over how many features the norm has its scale; 0 where it does not say."""
+    """Count the features that the norm has a scale for; 0 where it does not say."""
     weight = getattr(module, "weight", None)
     if isinstance(weight, nn.Parameter) and not is_lazy(weight):
         return weight.numel()

@@ -1,4 +1,4 @@
-"""Patterns of layer names: which layers are meant."""
+"""Patterns of layer names, with wildcards as in file names."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fnmatch import fnmatchcase
 def check_patterns(
     argument: str, patterns: str | Sequence[str] | None, names: Iterable[str]
 ) -> list[str] | None:
-    """``patterns`` as a list.
+    """Return ``patterns`` as a list.
 
     Raises:
         ValueError: a pattern is no string, or matches none of the layers' ``names``.
@@ -31,7 +31,7 @@ def check_patterns(
 
 
 def matches(pattern: str, name: str) -> bool:
-    """Does ``pattern`` stand for this layer, or for a module that holds it?
+    """Tell whether ``pattern`` stands for this layer, or for a module that holds it.
 
     >>> matches("encoder.*", "encoder.conv1"), matches("encoder", "encoder.conv1")
     (True, True)

@@ -147,7 +147,7 @@ def n_of_m_groups(model: nn.Module, n: int, m: int) -> Groups:
 
 
 def _inputs_last(layer: WeightedLayer) -> Tensor | None:
-    """The number of every weight when inputs are counted first; None: they are."""
+    """Number the weights with inputs counted first; None: they are as they lie."""
     weight = layer.weight
     number = torch.arange(weight.numel()).view(weight.shape)
     order = number.movedim(0 if layer.transposed else 1, -1).flatten()

@@ -1,4 +1,4 @@
-"""The names of groupings: what a string, a function or a mapping of patterns stands for."""
+"""Registry of groupings: what a name, a function or a mapping of patterns stands for."""
 
 from __future__ import annotations
 
@@ -38,19 +38,19 @@ GROUPINGS: dict[str, Maker] = {
     "hidden": hidden_groups,
 }
 
+# Groupings that need an example input.
 TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
     "layer": branch_groups,
     "structure": structure_groups,
 }
-"""Those that need an example input."""
 
+# What a model lacks in which a grouping finds nothing, not even something to leave out.
 MISSING = {
     "head": "it has no nn.MultiheadAttention, and no attention with known names of layers: say "
     "them with lightning_wgsef.groupings.register_projections",
     "hidden": "it has no module with two dense layers of which the second reads what the first "
     "makes",
 }
-"""What a model lacks in which a grouping finds nothing, not even something to leave out."""
 
 _SIZES = {
     r"block:([1-9]\d*)x([1-9]\d*)": tile_groups,
@@ -59,7 +59,7 @@ _SIZES = {
 
 
 def find_groups(model: nn.Module, grouping: Grouping, example_input: Any | None = None) -> Groups:
-    """What ``grouping`` groups in ``model``, without budgets.
+    """Find what ``grouping`` groups in ``model``, without budgets.
 
     A name, a function from a module to `Groups`, or a mapping from patterns of layer names to
     either: the first pattern that matches a layer of its grouping counts.
@@ -123,14 +123,14 @@ def check_grouping(grouping: Grouping) -> None:
 
 
 def grouping_name(grouping: Grouping) -> str:
-    """How messages call it."""
+    """Return the name by which messages call a grouping."""
     if isinstance(grouping, str | Mapping):
         return str(grouping)
     return str(getattr(grouping, "__name__", "custom"))
 
 
 def _maker(name: str) -> Maker | None:
-    """The function that a name without example input stands for; None: there is none."""
+    """Return the function that a name without example input stands for; None: there is none."""
     if name in GROUPINGS:
         return GROUPINGS[name]
     for pattern, make in _SIZES.items():

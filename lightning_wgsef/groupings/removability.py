@@ -1,4 +1,4 @@
-"""Can zero groups be taken out of a network, and if not, why?"""
+"""Removability of zero groups from a network, by trial, and the obstacles."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _CENTRED = (OPTYPE.BN, OPTYPE.IN)
 
 @dataclass(frozen=True, eq=False)
 class Removable:
-    """The groups of a layer as channels of the graph.
+    """Groups of a layer as channels of the graph.
 
     Attributes:
         layer: the groups.
@@ -40,7 +40,7 @@ class Removable:
     obstacle: str
 
     def bundles(self, dead: Tensor) -> set[int]:
-        """The bundles of channels of some groups."""
+        """Return the bundles of channels of some groups."""
         numbers = set(dead.tolist())
         return {bundle for bundle, group in self.groups.items() if group in numbers}
 
@@ -81,7 +81,7 @@ def as_channels(graph: Graph, layer: GroupedLayer) -> Removable:
 
 
 def cause_of_leak(graph: Graph, found: Removable) -> str:
-    """What keeps zero channels from being nothing; "" if it is not known.
+    """Find what keeps zero channels from being nothing; "" if it is not known.
 
     Looked for in this order: norms over the channels, norms without scale and shift, shifts that
     are in no group, activations that turn zero into something else.
@@ -127,7 +127,7 @@ def _never(graph: Graph, found: Removable) -> str:
 
 
 def _missing(graph: Graph, found: Removable) -> Iterator[tuple[str, str]]:
-    """Module and tensor of what makes or scales the channels without being in their groups."""
+    """Yield module and tensor of what makes or scales the channels outside of their groups."""
     parameters = {id(p): name for name, p in graph.model.named_parameters()}
     members = {member.name: member for member in found.layer.members}
     for side in found.tied.positions:
@@ -155,15 +155,15 @@ def _of_zero(module: nn.Module) -> float:
     return float(value.flatten()[0]) if isinstance(value, Tensor) and value.numel() else 0.0
 
 
+# Groupings whose groups hold what reads them, so that a zero group adds nothing.
 BY_CONSTRUCTION = ("channel", "head", "hidden", "layer")
-"""Groupings whose groups hold what reads them, so that a zero group adds nothing."""
 
+# Of the largest output: float32 networks round to about 1e-6 of it.
 TOLERANCE = 1e-4
-"""Of the largest output: float32 networks round to about 1e-6 of it."""
 
 
 def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dict[str, str]:
-    """Why zero groups cannot be taken out without changing the outputs, layer by layer.
+    """Try, layer by layer, whether zero groups can be taken out without changing the outputs.
 
     On copies whose parameters and statistics are drawn at random (a fresh network's zero biases
     hide every leak), half of the groups of each layer are set to zero in one, and their channels
@@ -200,7 +200,7 @@ def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dic
 
 
 def with_invariance(model: nn.Module, groups: Groups, example_input: Any) -> Groups:
-    """The same groups, of which those that `zero_invariance` objects to are not removable.
+    """Mark the groups that `zero_invariance` objects to as not removable.
 
     Where it cannot tell, since the model cannot be followed, none are that it would have to try.
 
@@ -222,12 +222,12 @@ def with_invariance(model: nn.Module, groups: Groups, example_input: Any) -> Gro
 
 
 def _doubtful(groups: Groups) -> list[GroupedLayer]:
-    """The layers that claim to be removable, and have to prove it."""
+    """List the layers that claim to be removable, and have to prove it."""
     return [x for x in groups.layers if x.removable and x.grouping not in BY_CONSTRUCTION]
 
 
 def _failures(trial: _Trial, found: list[Removable]) -> dict[str, str]:
-    """The layers that fail, with the cause: all at once, and halves of them where that fails."""
+    """Find the layers that fail, with the cause: by halves where all at once fail."""
     failure = trial.failure(found) if found else ""
     if not failure:
         return {}
@@ -239,7 +239,7 @@ def _failures(trial: _Trial, found: list[Removable]) -> dict[str, str]:
 
 
 class _Trial:
-    """A network to try removals on: a copy with random biases, scales and statistics."""
+    """Network to try removals on: a copy with random biases, scales and statistics."""
 
     def __init__(self, model: nn.Module, example_input: Any) -> None:
         self.graph = build_graph(model, example_input)
@@ -250,7 +250,7 @@ class _Trial:
 
     @torch.no_grad()
     def failure(self, found: list[Removable]) -> str:
-        """How outputs differ with half of the groups zero, and with their channels cut out."""
+        """Say how the outputs with half of the groups zero, and with their channels cut, differ."""
         zeroed, slim = copy.deepcopy(self.network), copy.deepcopy(self.network)
         removals = []
         for x in found:
@@ -283,7 +283,7 @@ def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:
 
 @torch.no_grad()
 def _stir(network: nn.Module, generator: torch.Generator) -> None:
-    """Random biases, scales and statistics; tensors that are all zero become random, too.
+    """Draw biases, scales and statistics at random, and tensors that are all zero.
 
     With their signs, what is left of a zero channel is positive: a ReLU would hide the rest.
     """

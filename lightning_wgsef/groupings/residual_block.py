@@ -1,4 +1,4 @@
-"""`layer`: residual blocks, whole, which compete for the depth of a network."""
+"""Residual blocks as groups, which compete for the depth of a network: the grouping `layer`."""
 
 from __future__ import annotations
 

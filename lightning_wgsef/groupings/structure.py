@@ -1,4 +1,4 @@
-"""`structure`: everything that produces or scales one channel, found through the graph."""
+"""Coupled channels as groups, found through the dependency graph: the grouping `structure`."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
 def _members(
     graph: Graph, tied: Tied, originals: dict[int, tuple[str, Tensor]]
 ) -> tuple[Member, ...]:
-    """The weights in groups; a parameter that several modules share is there once."""
+    """List the weights in groups; a parameter that several modules share is there once."""
     members: dict[int, Member] = {}
     for side in tied.positions:
         for found in slices(graph, tied, side):

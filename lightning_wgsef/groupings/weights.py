@@ -1,4 +1,4 @@
-"""Penalty weights of groups, by name: what makes groups comparable that compete."""
+"""Penalty weights of groups, by name, which make competing groups comparable."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def check_weights(weights: Weights) -> None:
 def with_weights(
     layers: Sequence[GroupedLayer], weights: Weights, scope: str
 ) -> list[GroupedLayer]:
-    r"""The layers with these penalty weights :math:`w_j`, times those that they bring along.
+    r"""Give the layers these penalty weights :math:`w_j`, times those that they bring along.
 
     Groups enter a budget in the order of :math:`a_j \sqrt{w_j / c_j}`, a_j their norms:
 
