@@ -59,9 +59,14 @@ def test_against_topk(benchmark: Any, variant: str) -> None:
     )
     for name in TOPK:
         measured.row(
-            "step", name, target=1, case=CASE, name="10^7 numbers", floor=name,
+            "step",
+            name,
+            target=1,
+            case=CASE,
+            name="10^7 numbers",
+            floor=name,
             what=f"norms, multipliers, scaling: {variant}",
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.large
@@ -82,9 +87,14 @@ def test_large_against_topk_and_growth(benchmark: Any) -> None:
     )
     for name, target in {**dict.fromkeys(TOPK, 1), small: 12}.items():
         measured.row(
-            "step", name, target=target, case=CASE, name="10^8 numbers", floor=name,
+            "step",
+            name,
+            target=target,
+            case=CASE,
+            name="10^8 numbers",
+            floor=name,
             what=f"norms, multipliers, scaling: {HOMOTOPY}",
-        )  # fmt: skip
+        )
 
 
 @pytest.mark.parametrize("power", [7, LARGE])
@@ -105,10 +115,14 @@ def test_against_sorting(benchmark: Any, power: int) -> None:
         warmup=1 if power == 7 else 0,
     )
     measured.row(
-        "step", "sorting", target=1, case=CASE, name=f"10^{power} numbers",
+        "step",
+        "sorting",
+        target=1,
+        case=CASE,
+        name=f"10^{power} numbers",
         what=f"norms, multipliers, scaling: {HOMOTOPY}",
         floor="the same step by torch.sort, prefix sums and bisection",
-    )  # fmt: skip
+    )
 
 
 def check_sorting(settings: dict[str, Any]) -> None:
@@ -138,7 +152,11 @@ def test_memory(benchmark: Any, kind: str) -> None:
         return float(json.loads(run.stdout)["vectors"])
 
     add_row(
-        benchmark, value=once(benchmark, child), case=CASE, name="memory at 10^8",
-        what=WEIGHED[kind], floor="the vector's own bytes",
+        benchmark,
+        value=once(benchmark, child),
+        case=CASE,
+        name="memory at 10^8",
+        what=WEIGHED[kind],
+        floor="the vector's own bytes",
         target=2.5 if kind in ("function", "step") else None,
-    )  # fmt: skip
+    )

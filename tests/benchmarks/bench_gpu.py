@@ -61,9 +61,14 @@ def test_nothing_waits(benchmark: Any, kind: str, lam: str) -> None:
 
     once(benchmark, steps)
     add_row(
-        benchmark, value=0, target=0, case=CASE, name=f"ResNet18, {kind}", floor="-",
+        benchmark,
+        value=0,
+        target=0,
+        case=CASE,
+        name=f"ResNet18, {kind}",
+        floor="-",
         what=f'waits in WGSEF.step, {lam} (sync debug mode "error")',
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -81,9 +86,13 @@ def test_kernels(benchmark: Any, kind: str, variant: str) -> None:
         counts[name] = sum(not event.name.startswith("Mem") for event in on_gpu)
     once(benchmark, step)
     add_row(
-        benchmark, value=counts["step"], case=CASE, name=f"ResNet18, {kind}",
-        what=f"kernels of a step, {variant}", floor=f"- ({FLOOR}: {counts['floor']})",
-    )  # fmt: skip
+        benchmark,
+        value=counts["step"],
+        case=CASE,
+        name=f"ResNet18, {kind}",
+        what=f"kernels of a step, {variant}",
+        floor=f"- ({FLOOR}: {counts['floor']})",
+    )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -125,9 +134,14 @@ def test_graph(benchmark: Any, kind: str, variant: str) -> None:
     actions = {"replay": finished(graph.replay), "floor": finished(floor(tensors))}
     measured = Rounds(benchmark, actions, before=restore, rounds=51)
     measured.row(
-        "replay", "floor", target=1.3, case=CASE, name=f"ResNet18, {kind}",
-        what=f"a step replayed as a CUDA graph, {variant}", floor=FLOOR,
-    )  # fmt: skip
+        "replay",
+        "floor",
+        target=1.3,
+        case=CASE,
+        name=f"ResNet18, {kind}",
+        what=f"a step replayed as a CUDA graph, {variant}",
+        floor=FLOOR,
+    )
 
 
 @pytest.mark.parametrize("variant", [HOMOTOPY])
@@ -145,6 +159,11 @@ def test_step(benchmark: Any, network: str, kind: str, variant: str) -> None:
     actions = {"step": finished(step), "floor": finished(floor(tensors))}
     measured = Rounds(benchmark, actions, before=restore, rounds=51)
     measured.row(
-        "step", "floor", target=1.3, case=CASE, name=f"{network}, {kind}",
-        what=f"norms, multipliers, scaling: {variant}", floor=FLOOR,
-    )  # fmt: skip
+        "step",
+        "floor",
+        target=1.3,
+        case=CASE,
+        name=f"{network}, {kind}",
+        what=f"norms, multipliers, scaling: {variant}",
+        floor=FLOOR,
+    )

@@ -62,7 +62,11 @@ def test_metric(benchmark: Any, kind: str) -> None:
     )
     for metric in ("auto", "group"):
         measured.row(
-            metric, "identity", target=4, case="5 metric of Adam", name=f"ResNet18, {kind}",
+            metric,
+            "identity",
+            target=4,
+            case="5 metric of Adam",
+            name=f"ResNet18, {kind}",
             what=f'WGSEF.step, constant lam, metric="{metric}", warm start',
             floor='WGSEF.step, metric="identity"',
-        )  # fmt: skip
+        )

@@ -33,6 +33,11 @@ def test_two_of_four(benchmark: Any, power: int) -> None:
     )
     for kind in ("anchored", "exact"):
         measured.row(
-            kind, "product", target=4, case="4 two of four", name=f"10^{power} weights",
-            what=f"|v|, multipliers (debias 1, {kind}), product", floor="v.mul_(1.0000001)",
-        )  # fmt: skip
+            kind,
+            "product",
+            target=4,
+            case="4 two of four",
+            name=f"10^{power} weights",
+            what=f"|v|, multipliers (debias 1, {kind}), product",
+            floor="v.mul_(1.0000001)",
+        )

@@ -15,8 +15,13 @@ import pytest
 import torch
 
 PACKAGES = (
-    "lightning-wgsef", "numpy", "pytest-benchmark", "pytorch-lightning", "torch", "torchao",
-)  # fmt: skip
+    "lightning-wgsef",
+    "numpy",
+    "pytest-benchmark",
+    "pytorch-lightning",
+    "torch",
+    "torchao",
+)
 LARGE_NEEDS = 12 * 2**30
 _not_run: list[dict[str, str]] = []
 

@@ -74,13 +74,17 @@ COUNTED = {
     "Linear": (lambda: nn.Linear(3, 4), (7, 3), 7 * 3 * 4),
     "Conv2d": (lambda: nn.Conv2d(2, 4, 3), (7, 2, 10, 9), 7 * 8 * 7 * 2 * 4 * 9),
     "Conv2d, 2 parts": (
-        lambda: nn.Conv2d(4, 6, 3, groups=2), (7, 4, 5, 5), 7 * 9 * 2 * (2 * 3) * 9
+        lambda: nn.Conv2d(4, 6, 3, groups=2),
+        (7, 4, 5, 5),
+        7 * 9 * 2 * (2 * 3) * 9,
     ),
     "Conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (7, 4, 5, 5), 7 * 9 * 4 * 9),
     "ConvTranspose2d": (
-        lambda: nn.ConvTranspose2d(2, 4, 3, stride=2), (7, 2, 5, 5), 7 * 25 * 2 * 4 * 9
+        lambda: nn.ConvTranspose2d(2, 4, 3, stride=2),
+        (7, 2, 5, 5),
+        7 * 25 * 2 * 4 * 9,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", COUNTED)

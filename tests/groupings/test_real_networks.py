@@ -110,8 +110,18 @@ FOUND = {
     ("T5", BOTH): (10, 6 * 2 + 4 * 12, {}),
 }
 REASONS = (
-    FIRST, LAST, OUTPUTS, SHARE, DEPTHWISE, OUTSIDE, STREAM, HEADS, OTHER, TIED, DIVIDES,
-)  # fmt: skip
+    FIRST,
+    LAST,
+    OUTPUTS,
+    SHARE,
+    DEPTHWISE,
+    OUTSIDE,
+    STREAM,
+    HEADS,
+    OTHER,
+    TIED,
+    DIVIDES,
+)
 
 # Filters alone: how many layers can be taken out, and what stands against the others. Residual
 # streams and depthwise convolutions tie; a BatchNorm behind one of these, or behind a

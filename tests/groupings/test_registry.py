@@ -13,9 +13,13 @@ from lightning_wgsef.groupings.per_layer import filter_groups
 def network():
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.Flatten(), nn.Linear(8, 8),
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU(),
+        nn.Conv2d(8, 8, 3),
+        nn.Flatten(),
+        nn.Linear(8, 8),
         nn.Linear(8, 4),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(
@@ -41,8 +45,9 @@ def test_a_mapping_gives_every_layer_its_grouping_and_its_budget():
 
 
 def test_a_mapping_keeps_the_reasons():
-    groups = group_parameters(network(), {"0": "channel", "4": "block:3x3", "5": "filter"}, 0.5,
-                              include=["5"])  # fmt: skip
+    groups = group_parameters(
+        network(), {"0": "channel", "4": "block:3x3", "5": "filter"}, 0.5, include=["5"]
+    )
     assert [layer.name for layer in groups.layers] == ["5"]
     assert groups.left_out == {
         "0": "not named in include",

@@ -65,9 +65,11 @@ def test_groups_hold_all_of_a_block_and_nothing_else():
     groups = group_parameters(model, "layer", k=2, example_input=IMAGES)
     assert [(x.name, x.count, x.removable) for x in groups.layers] == [("branches", 3, True)]
     assert set(groups.left_out) == {
-        "stem", "head", *(f"blocks.1.{x}" for x in ("conv1", "conv2", "shortcut")),
+        "stem",
+        "head",
+        *(f"blocks.1.{x}" for x in ("conv1", "conv2", "shortcut")),
         *(f"plain.{x}" for x in ("conv1", "conv2")),
-    }  # fmt: skip
+    }
     blocks = [model.blocks[i] for i in (0, 2, 3)]
     for number, block in enumerate(blocks):
         wanted = torch.cat([p.detach().flatten() for p in block.parameters()]).norm()

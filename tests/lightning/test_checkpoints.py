@@ -1,4 +1,4 @@
-"""Cases 11 to 14, 16, 17, 24 and 26: what is grouped, what is saved, what is loaded or averaged."""
+"""Checkpoints: what is grouped, saved and loaded again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def resumable() -> Batches:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that")
-def test_case_11_resume_mid_epoch_is_the_plain_loop(tmp_path: Any) -> None:
+def test_resume_in_mid_epoch_is_the_plain_loop(tmp_path: Any) -> None:
     """A run that stopped after 7 of 10 batches takes 3 more steps, with its momentum."""
     first = Recorded()
     callback = WGSEFCallback(k=K, lam=first, freeze=None)
@@ -65,7 +65,7 @@ def test_case_11_resume_mid_epoch_is_the_plain_loop(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
-def test_case_12_weights_only_checkpoint(tmp_path: Any) -> None:
+def test_weights_only_checkpoint(tmp_path: Any) -> None:
     """It has no state of the callback; its zeros are the masks."""
     model = Dense()
     parts = [pruning(), saver(tmp_path, 8, save_weights_only=True)]
@@ -83,7 +83,7 @@ def test_case_12_weights_only_checkpoint(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You defined a `validation_step`")
-def test_case_13_validate_and_test_with_a_checkpoint(tmp_path: Any) -> None:
+def test_validate_and_test_with_a_checkpoint(tmp_path: Any) -> None:
     """They show the weights of the file, be they dense or pruned, and a fit goes on from there."""
 
     class Seen(Dense):
@@ -174,7 +174,7 @@ class Everything(pl.LightningModule):
 
 
 @pytest.mark.parametrize("grouping", ["channel", "filter"])
-def test_case_16_all_kinds_of_weights(grouping: str) -> None:
+def test_tied_empty_and_dead_weights(grouping: str) -> None:
     """At learning rate 0 the strongest stay bit for bit, and every other group is zero."""
     model, expected = Everything(), Everything()
     callback = WGSEFCallback(k=K, lam=Homotopy(length=3), grouping=grouping)
@@ -198,7 +198,7 @@ def test_case_16_all_kinds_of_weights(grouping: str) -> None:
     assert model.twin.weight is model.tied.weight
 
 
-def test_case_17_configure_model() -> None:
+def test_network_made_in_configure_model() -> None:
     """The network does not exist before the fit has started."""
 
     class Late(Dense):
@@ -216,7 +216,7 @@ def test_case_17_configure_model() -> None:
     assert_same(model.net, slow_loop(single(10)))
 
 
-def test_case_24_buffers_named_mask_and_names_of_the_state() -> None:
+def test_buffers_named_mask_and_names_of_the_state() -> None:
     """Buffers of the user that look like masks of pruning are nobody else's."""
 
     class Masked(Dense):
@@ -236,7 +236,7 @@ def test_case_24_buffers_named_mask_and_names_of_the_state() -> None:
     assert_same(model.net, slow_loop(single(10)))
 
 
-def test_case_26_strict_load_into_the_plain_class(tmp_path: Any) -> None:
+def test_strict_load_into_the_plain_class(tmp_path: Any) -> None:
     model, callback = Dense(), pruning()
     trainer = make_trainer([callback], max_epochs=1)
     trainer.fit(model, data(8))

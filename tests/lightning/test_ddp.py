@@ -33,7 +33,7 @@ def alone() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "zero"])
-def test_case_20_two_processes_of_a_script(tmp_path: Path, optimizer: str) -> None:
+def test_script_on_two_processes_does_what_one_does(tmp_path: Path, optimizer: str) -> None:
     ranks = run(tmp_path, optimizer, "whole")
     weights, masks = alone()
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {

@@ -1,4 +1,4 @@
-"""Case 21: FSDP2 through Lightning, with sharded and full checkpoints."""
+"""FSDP2 through Lightning, with sharded and full checkpoints."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def assert_like(found: dict[str, Any], wanted: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["pieces", "one"])
-def test_case_21_two_processes_end_like_one(on_two: Any, alone: Any, name: str) -> None:
+def test_two_processes_end_like_one(on_two: Any, alone: Any, name: str) -> None:
     for rank in range(2):
         assert_like(on_two[name][rank], alone)
 
 
 @pytest.mark.parametrize("step", SAVED)
 @pytest.mark.parametrize("name", ["pieces", "one"])
-def test_case_21_resumed_runs_are_bit_identical(on_two: Any, name: str, step: int) -> None:
+def test_resumed_runs_are_bit_identical(on_two: Any, name: str, step: int) -> None:
     for rank in range(2):
         found, wanted = on_two[f"{name}.{step}"][rank], on_two[name][rank]
         for kind in ("weights", "moments", "masks"):
@@ -107,13 +107,13 @@ def test_case_21_resumed_runs_are_bit_identical(on_two: Any, name: str, step: in
 
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need")
 @pytest.mark.parametrize("step", SAVED)
-def test_case_21_one_file_resumed_without_sharding(
+def test_one_file_resumed_without_sharding(
     folder: Path, on_two: Any, alone: Any, step: int
 ) -> None:
     assert_like(fit(f"{folder}/one/step={step}.ckpt"), alone)
 
 
-def test_case_21_resumed_on_three_processes(folder: Path, on_two: Any, alone: Any) -> None:
+def test_resumed_on_three_processes(folder: Path, on_two: Any, alone: Any) -> None:
     tasks = [
         {"pieces": True, "start": f"{folder}/pieces/step={step}.ckpt", "end": f"three.{step}"}
         for step in SAVED
@@ -124,7 +124,7 @@ def test_case_21_resumed_on_three_processes(folder: Path, on_two: Any, alone: An
             assert_like(found[f"three.{step}"][rank], alone)
 
 
-def test_case_21_the_slim_network_is_written(folder: Path, on_two: Any) -> None:
+def test_the_slim_network_is_written(folder: Path, on_two: Any) -> None:
     network = Network()
     network.load_state_dict(on_two["pieces"][0]["weights"])
     slim: Any = load_slim(folder / "pieces.safetensors", lambda: Module(sharded=False))

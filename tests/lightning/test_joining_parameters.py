@@ -1,4 +1,4 @@
-"""Case 8: parameters that are frozen, thaw, or join the optimizer while training runs."""
+"""Parameters that are frozen, thaw, or join the optimizer while training runs."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def named() -> WGSEFCallback:
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_case_08_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
+def test_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
     model, callback = Trainable(), named()
     both = [callback, Unfreezing()] if first else [Unfreezing(), callback]
     with pytest.warns(UserWarning, match=r"net\.3: no optimizer trains these layers"):
@@ -77,7 +77,7 @@ def test_case_08_frozen_parameters_that_join_the_optimizer(first: bool) -> None:
     assert_same(model.net, two_stages())
 
 
-def test_case_08_parameters_that_thaw_inside_the_optimizer() -> None:
+def test_parameters_that_thaw_inside_the_optimizer() -> None:
     class Plain(Dense):
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.SGD(self.net.parameters(), lr=RATE)
@@ -90,7 +90,7 @@ def test_case_08_parameters_that_thaw_inside_the_optimizer() -> None:
     assert_same(model.net, two_stages())
 
 
-def test_case_08_frozen_parameters_are_left_out() -> None:
+def test_frozen_parameters_are_left_out() -> None:
     model = Dense()
     model.net[3].requires_grad_(False)
     callback = WGSEFCallback(k=K, lam=LAM, freeze=None)
@@ -114,7 +114,7 @@ class Joining(Unfreezing):
 
 @pytest.mark.filterwarnings("ignore:.*no optimizer trains these", "ignore:Checkpoint directory")
 @pytest.mark.parametrize("first", [True, False])
-def test_case_08_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
+def test_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
     """Saved when two of four epochs are over, before and after the freeze."""
 
     def fit(freeze: int, **arguments: Any) -> tuple[Trainable, WGSEFCallback]:

@@ -1,4 +1,4 @@
-"""Cases 1 to 7: what steps can look like, each against a plain loop in float64."""
+"""Steps of optimizers of every kind, each against a plain loop in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers.trainers import make_trainer
 
 
 def test_every_step_is_followed_by_one_proximal_step() -> None:
-    """What the cases below start from."""
+    """What the tests below start from."""
     model = Dense()
     schedule, _ = fit(model, 10)
     assert schedule.rates == [RATE] * 10
@@ -64,7 +64,7 @@ def test_the_comparison_can_fail() -> None:
                 assert_same(model.net, planted(at, mistake))
 
 
-def test_case_01_accumulation_with_an_incomplete_last_window() -> None:
+def test_accumulation_with_an_incomplete_last_window() -> None:
     model = Dense()
     schedule, trainer = fit(model, 10, accumulate_grad_batches=4)
     assert len(schedule.rates) == trainer.global_step == 3
@@ -115,7 +115,7 @@ class Overflowing(Dense):
     ],
 )
 @pytest.mark.parametrize("fused", [False, True])
-def test_case_02_infinities_under_a_scaler(device: str, fused: bool) -> None:
+def test_infinite_gradients_under_a_scaler(device: str, fused: bool) -> None:
     model = Overflowing(fused)
     # Powers of 2 scale gradients without rounding.
     scaler = torch.amp.GradScaler(device, init_scale=2.0**10)
@@ -132,7 +132,7 @@ def test_case_02_infinities_under_a_scaler(device: str, fused: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`")
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_case_03_training_step_returns_none(accumulate: int) -> None:
+def test_training_step_that_returns_none(accumulate: int) -> None:
     class Some(Dense):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor | None:
             return None if batch_idx in (0, 3, 6, 7) else super().training_step(batch, batch_idx)
@@ -155,7 +155,7 @@ def test_case_03_training_step_returns_none(accumulate: int) -> None:
     assert_same(model.net, net)
 
 
-def test_case_04_lbfgs() -> None:
+def test_lbfgs() -> None:
     """One proximal step after every step, whatever the number of its evaluations."""
     evaluations = []
 
@@ -188,7 +188,7 @@ def test_case_04_lbfgs() -> None:
 
 
 @pytest.mark.parametrize("raw", [False, True])
-def test_case_05_manual_optimization(raw: bool) -> None:
+def test_manual_optimization(raw: bool) -> None:
     """Two optimizers, the second at every other batch; raw ones do not count as global steps."""
 
     def optimizers(net: nn.Sequential) -> list[torch.optim.Optimizer]:
@@ -229,7 +229,7 @@ def test_case_05_manual_optimization(raw: bool) -> None:
     assert_same(model.net, net)
 
 
-def test_case_06_an_optimizer_step_that_skips() -> None:
+def test_an_optimizer_step_that_skips() -> None:
     class Skipping(Dense):
         def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
             if batch_idx % 2 == 0:
@@ -244,7 +244,7 @@ def test_case_06_an_optimizer_step_that_skips() -> None:
 
 
 @pytest.mark.parametrize("as_tensor", [False, True])
-def test_case_07_rate_of_every_step_and_empty_param_groups(as_tensor: bool) -> None:
+def test_rate_of_every_step_and_empty_param_groups(as_tensor: bool) -> None:
     def optimizer_of(net: nn.Module) -> torch.optim.Optimizer:
         rate = torch.tensor(RATE, dtype=torch.float64) if as_tensor else RATE
         groups = [{"params": [], "lr": 7.0}, {"params": list(net.parameters())}]

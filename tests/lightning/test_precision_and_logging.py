@@ -55,7 +55,7 @@ class Compiled(Dense):
 # torch itself meets these while it compiles an optimizer.
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 @pytest.mark.parametrize("what", ["network", "module", "optimizer"])
-def test_case_18_compiled(what: str) -> None:
+def test_compiled_network_module_and_optimizer(what: str) -> None:
     model = Compiled(what)
     schedule, _ = fit(model, 8)
     assert len(schedule.rates) == 8
@@ -63,7 +63,7 @@ def test_case_18_compiled(what: str) -> None:
     assert_same(net, slow_loop(single(8)))
 
 
-def test_case_19_bfloat16_shrinkage_is_not_lost() -> None:
+def test_bfloat16_shrinkage_is_not_lost() -> None:
     """Every step shrinks by less than half a unit in the last place of a bfloat16 weight."""
 
     class Still(Dense):
@@ -133,7 +133,7 @@ def joint_loop() -> nn.Sequential:
 
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
-def test_case_20_two_processes_do_what_one_does(tmp_path: Path) -> None:
+def test_ddp_spawn_does_what_one_process_does(tmp_path: Path) -> None:
     """Two epochs under ddp_spawn: the same weights on both, those of the joint batches."""
 
     def train(folder: Path, **arguments: Any) -> nn.Sequential:
@@ -184,7 +184,7 @@ SINGLE = """
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", NAMESPACES)
 @pytest.mark.parametrize("callbacks", [AS_LIST, SINGLE], ids=["list", "single"])
-def test_case_22_command_line(
+def test_callback_from_a_configuration_file(
     name: str, callbacks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     class WithData(type(make_module(name))):
@@ -224,7 +224,7 @@ class Validated(Dense):
     ],
     ids=["sanity check", "fast_dev_run", "barebones"],
 )
-def test_case_23_whatever_is_logged(arguments: dict, steps: int, validations: int) -> None:
+def test_same_weights_whatever_is_logged(arguments: dict, steps: int, validations: int) -> None:
     """The same weights, whatever else the Trainer does or leaves out."""
     if "barebones" in arguments:
         off = ("enable_checkpointing", "logger", "enable_progress_bar", "enable_model_summary")

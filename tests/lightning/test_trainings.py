@@ -1,4 +1,4 @@
-"""Cases 9, 10, 15 and 25: trainings and callbacks that come, go, stop and start again."""
+"""Trainings and callbacks that come, go, stop and start again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from tests.helpers.plain_loops import (
 from tests.helpers.trainers import make_trainer
 
 
-def test_case_09_two_fits_go_on_and_another_model_starts_anew() -> None:
+def test_two_fits_go_on_and_another_model_starts_anew() -> None:
     """Every fit makes a new optimizer, and the callback lets go of the old one."""
     schedule = Recorded()
     callback = WGSEFCallback(k=K, lam=schedule, freeze=None)
@@ -48,7 +48,7 @@ def test_case_09_two_fits_go_on_and_another_model_starts_anew() -> None:
     assert_same(other.net, slow_loop(single(5)))
 
 
-def test_case_09_keyboard_interrupt_then_another_fit() -> None:
+def test_keyboard_interrupt_then_another_fit() -> None:
     class Interrupt(pl.Callback):
         def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
             if trainer.global_step == 4:
@@ -103,7 +103,7 @@ def run_finder(finder: str, model: Tuned, callback: WGSEFCallback, tmp_path: Any
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*num_workers")
 @pytest.mark.parametrize("finder", ["rate", "batch size"])
 @pytest.mark.parametrize("used", [False, True])
-def test_case_10_finders_leave_no_trace(finder: str, used: bool, tmp_path: Any) -> None:
+def test_finders_leave_no_trace(finder: str, used: bool, tmp_path: Any) -> None:
     """Also where the callback has seen a fit of another model before."""
     schedule = Recorded()
     callback = WGSEFCallback(k=K, lam=schedule, freeze=None)
@@ -117,7 +117,7 @@ def test_case_10_finders_leave_no_trace(finder: str, used: bool, tmp_path: Any) 
 
 
 @pytest.mark.parametrize("first", [True, False])
-def test_case_10_finder_among_the_callbacks(first: bool, tmp_path: Any) -> None:
+def test_finder_among_the_callbacks(first: bool, tmp_path: Any) -> None:
     """The rate it finds is the one of all proximal steps of the fit."""
     schedule = Recorded()
     callback = WGSEFCallback(k=K, lam=schedule, freeze=None)
@@ -132,7 +132,7 @@ def test_case_10_finder_among_the_callbacks(first: bool, tmp_path: Any) -> None:
     assert_same(model.net, slow_loop(single(30), net, sgd(net, lr=model.lr), prox))
 
 
-def test_case_15_two_instances_do_what_one_does() -> None:
+def test_two_callbacks_do_what_one_does() -> None:
     """Every weight is bit for bit the same, in both orders."""
     one, two, swapped = Dense(), Dense(), Dense()
     fit(one, 10)
@@ -185,7 +185,7 @@ def dead_filters(net: nn.Sequential) -> list[int]:
     ],
     ids=["SGD", "AdamW"],
 )
-def test_case_25_norm_and_bias_of_dead_channels(make: Any) -> None:
+def test_norm_and_bias_of_dead_channels(make: Any) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randn(4, 2, 7, 7, generator=generator) for _ in range(20)]
     model = Normed(make)

@@ -1,4 +1,4 @@
-"""Case 14: averages of the weights, EMA and SWA, stay sparse."""
+"""Averages of the weights, EMA and SWA, stay sparse."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Watch(pl.Callback):
 
 @pytest.mark.parametrize("first", [True, False])
 @pytest.mark.parametrize(("what", "start"), [("ema", 0), ("swa", 2), ("swa", 3)])
-def test_case_14_averages_keep_the_zeros(what: str, start: int, first: bool) -> None:
+def test_averages_keep_the_zeros(what: str, start: int, first: bool) -> None:
     """What is left is the average of the weights, where the mask keeps them.
 
     The last one of these averages begins after the freeze.
@@ -72,7 +72,7 @@ def test_case_14_averages_keep_the_zeros(what: str, start: int, first: bool) -> 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("first", [True, False])
-def test_case_14_checkpoints_hold_a_sparse_average(first: bool, tmp_path: Any) -> None:
+def test_checkpoints_hold_a_sparse_average(first: bool, tmp_path: Any) -> None:
     """Saved at step 12, after the freeze at step 6; the fit that goes on from it stays sparse."""
     callback, average = pruning(6), EMAWeightAveraging(decay=0.5)
     both = [callback, average] if first else [average, callback]

@@ -189,8 +189,11 @@ def test_segments_are_taken_as_they_are():
     assert as_segments(given, torch.ones(3), 1) is given
     assert as_segments(None, torch.ones(3), 1).labels().tolist() == [0, 0, 0]
     assert as_segments(None, torch.ones(3), torch.ones(4)).total(torch.ones(3)).tolist() == [
-        3, 0, 0, 0
-    ]  # fmt: skip
+        3,
+        0,
+        0,
+        0,
+    ]
     assert as_segments(None, torch.ones(0), 1).count == 1
     assert as_segments(torch.tensor([1, 0, 0]), torch.ones(3), torch.ones(4)).count == 4
 

@@ -314,24 +314,34 @@ COUNTED = {
     "Conv1d": (lambda: nn.Conv1d(2, 4, 3), (7, 2, 10), 7 * 8 * 2 * 4 * 3),
     "Conv2d": (lambda: nn.Conv2d(2, 4, 3), (7, 2, 10, 9), 7 * 8 * 7 * 2 * 4 * 9),
     "Conv2d, stride": (
-        lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1), (7, 2, 10, 8), 7 * 5 * 4 * 2 * 4 * 9
+        lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1),
+        (7, 2, 10, 8),
+        7 * 5 * 4 * 2 * 4 * 9,
     ),
     "Conv2d, dilation": (
-        lambda: nn.Conv2d(2, 4, 3, dilation=2), (7, 2, 10, 10), 7 * 6 * 6 * 2 * 4 * 9
+        lambda: nn.Conv2d(2, 4, 3, dilation=2),
+        (7, 2, 10, 10),
+        7 * 6 * 6 * 2 * 4 * 9,
     ),
     "Conv2d, 2 parts": (
-        lambda: nn.Conv2d(4, 6, 3, groups=2), (7, 4, 5, 5), 7 * 9 * 2 * (2 * 3) * 9
+        lambda: nn.Conv2d(4, 6, 3, groups=2),
+        (7, 4, 5, 5),
+        7 * 9 * 2 * (2 * 3) * 9,
     ),
     "Conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (7, 4, 5, 5), 7 * 9 * 4 * 9),
     "Conv3d": (lambda: nn.Conv3d(2, 4, 2), (7, 2, 3, 4, 5), 7 * 2 * 3 * 4 * 2 * 4 * 8),
     # A transposed convolution spreads every input pixel over a kernel.
     "ConvTranspose2d": (
-        lambda: nn.ConvTranspose2d(2, 4, 3, stride=2), (7, 2, 5, 5), 7 * 25 * 2 * 4 * 9
+        lambda: nn.ConvTranspose2d(2, 4, 3, stride=2),
+        (7, 2, 5, 5),
+        7 * 25 * 2 * 4 * 9,
     ),
     "ConvTranspose2d, 2 parts": (
-        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2), (7, 4, 5, 5), 7 * 25 * 2 * (2 * 3) * 9
+        lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
+        (7, 4, 5, 5),
+        7 * 25 * 2 * (2 * 3) * 9,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("kind", COUNTED)

@@ -140,9 +140,12 @@ def test_the_trainer_of_hugging_face(tmp_path: Any) -> None:
     constant = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: 1.0)
     with contextlib.redirect_stdout(None):
         InOrder(
-            model, arguments, train_dataset=rows, callbacks=[pruning],
+            model,
+            arguments,
+            train_dataset=rows,
+            callbacks=[pruning],
             optimizers=(optimizer, constant),
-        ).train()  # fmt: skip
+        ).train()
     expected, _ = plain()
     assert pruning.regularizer.frozen
     for one, other in zip(model.net.parameters(), expected.parameters(), strict=True):

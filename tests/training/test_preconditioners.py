@@ -41,15 +41,26 @@ VARIANTS = {
     RAdam: [*EVERYWHERE, *TENSOR_RATE, *CAPTURABLE, *CAPTURED_RATE, DECOUPLED, *FAST],
     Adamax: [*EVERYWHERE, *TENSOR_RATE, *CAPTURABLE, *CAPTURED_RATE, *FAST],
     Adagrad: [
-        *EVERYWHERE, *TENSOR_RATE, {"lr_decay": 0.3}, {"lr_decay": 0.3, "foreach": True},
-        {"lr_decay": 0.3, "fused": True}, {"fused": True}, {"initial_accumulator_value": 0.5},
+        *EVERYWHERE,
+        *TENSOR_RATE,
+        {"lr_decay": 0.3},
+        {"lr_decay": 0.3, "foreach": True},
+        {"lr_decay": 0.3, "fused": True},
+        {"fused": True},
+        {"initial_accumulator_value": 0.5},
     ],
     RMSprop: [
-        *EVERYWHERE, *TENSOR_RATE, *CAPTURABLE, *CAPTURED_RATE, {"centered": True}, {"alpha": 0.5},
-        {"momentum": 0.7}, {"momentum": 0.7, "centered": True, "foreach": True},
+        *EVERYWHERE,
+        *TENSOR_RATE,
+        *CAPTURABLE,
+        *CAPTURED_RATE,
+        {"centered": True},
+        {"alpha": 0.5},
+        {"momentum": 0.7},
+        {"momentum": 0.7, "centered": True, "foreach": True},
         *({"centered": True, **more} for more in CAPTURABLE),
     ],
-}  # fmt: skip
+}
 
 
 def named(case):
