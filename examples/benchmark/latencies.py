@@ -12,7 +12,7 @@ from tqdm import tqdm
 from examples.benchmark.records import read_record
 from examples.benchmark.registry import NETWORKS
 from lightning_wgsef import measure_latency
-from lightning_wgsef.utils.files import whole_file
+from lightning_wgsef.utils.files import atomic_write
 
 BATCHES = (1, 64)
 REPEATS = 100
@@ -29,7 +29,7 @@ def small_networks(work: Path) -> Path:
 def save_small(path: Path, small: nn.Module, example: Tensor) -> None:
     """Keep what is needed to measure a network."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         torch.save((small, example), temporary)
 
 
@@ -68,5 +68,5 @@ def measure_all(records: Path, work: Path, device: str) -> None:
             by_build[build] = [[x.median, x.lower, x.upper] for x in ratios if x is not None]
         known[path.name] = by_build[build]
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / "latencies.json") as temporary:
+    with atomic_write(folder / "latencies.json") as temporary:
         temporary.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_wgsef.utils.files import whole_file
+from lightning_wgsef.utils.files import atomic_write
 
 Record = dict[str, Any]
 
@@ -15,7 +15,7 @@ Record = dict[str, Any]
 def write_record(path: Path, record: Record) -> None:
     """Write a record; the file gets its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 

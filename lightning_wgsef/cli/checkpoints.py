@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.slimming.files import load_slim
+from lightning_wgsef.utils.files import read_checkpoint
 
 _SHOWN = 3
 """How many names a message lists."""
@@ -42,7 +42,7 @@ def load_model(path: str, make: str, init: Mapping[str, Any]) -> nn.Module:
     maker = _imported(make)
     if Path(path).suffix == ".safetensors":
         return load_slim(path, partial(_made, maker, make, init))
-    content = _read(path)
+    content = read_checkpoint(path)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(name, str) for name in state):
         raise ValueError(
@@ -60,7 +60,7 @@ def load_masks(path: str) -> dict[str, Tensor]:
     Raises:
         ValueError: a file of something else.
     """
-    content = _read(path)
+    content = read_checkpoint(path)
     if not isinstance(content, dict) or not all(
         isinstance(x, Tensor) and x.layout == torch.strided and not x.is_meta
         for x in content.values()
@@ -120,22 +120,6 @@ def _made(maker: Callable[..., Any], name: str, arguments: Mapping[str, Any]) ->
     if not isinstance(model, nn.Module):
         raise ValueError(f"--model must make a torch.nn.Module, {name} makes {type(model)}")
     return model
-
-
-def _read(path: str) -> Any:
-    if not Path(path).is_file():
-        raise ValueError(f"there is no file {path}")
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of something else fails in any way inside the unpickler
-        if code := re.search(r"GLOBAL (\S+)", str(error)):
-            raise ValueError(
-                f"{path} holds more than numbers and text: to read its {code[1]}, code from the "
-                "file would have to be executed. Write torch.save(model.state_dict(), "
-                "'weights.pt') where it was made, read that, and give arguments with --init"
-            ) from error
-        # torch's own words recommend to execute the file.
-        raise ValueError(f"{path} is truncated or no checkpoint") from error
 
 
 def _hyper_parameters(maker: Callable[..., Any], content: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,7 @@ from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.reports.sparsity import SparsityReport, sparsity_report
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
 from lightning_wgsef.slimming.slim import Slimming, slim
-from lightning_wgsef.utils.files import whole_file
+from lightning_wgsef.utils.files import atomic_write
 
 _NAME = "lightning-wgsef"
 
@@ -94,7 +94,7 @@ def _report(options: Namespace, step: Step) -> str:
         groups = group_parameters(model, options.grouping, example_input=example)
         report = _without_budgets(sparsity_report(model, groups, example))
     if options.json is not None:
-        with whole_file(options.json) as temporary:
+        with atomic_write(options.json) as temporary:
             temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
     return str(report)
 
@@ -102,7 +102,7 @@ def _report(options: Namespace, step: Step) -> str:
 def _slim(options: Namespace, step: Step) -> str:
     check_slim_path(options.output)
     # A path that cannot be written is noticed before the work.
-    with whole_file(options.output) as temporary:
+    with atomic_write(options.output) as temporary:
         with step("reading"):
             model = load_model(options.checkpoint, options.model, options.init)
             example = example_input(model, options.example_input)
@@ -118,7 +118,7 @@ def _slim(options: Namespace, step: Step) -> str:
 
 def _export(options: Namespace, step: Step) -> str:
     lines = []
-    with whole_file(options.output) as temporary:
+    with atomic_write(options.output) as temporary:
         with step("reading"):
             model = load_model(options.checkpoint, options.model, options.init)
             example = example_input(model, options.example_input)

@@ -21,7 +21,7 @@ from lightning_wgsef.network.example_input import (
     tensors,
     with_batch_size,
 )
-from lightning_wgsef.utils.files import whole_file
+from lightning_wgsef.utils.files import atomic_write
 from lightning_wgsef.utils.validation import check_number
 
 _PROGRAM_TOLERANCE = 1e-5
@@ -57,7 +57,7 @@ def export_onnx(
     ['model.onnx']
     """
     check_number("tolerance", tolerance)
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         for package in ("onnx", "onnxscript", "onnxruntime"):
             _imported(package)
 
@@ -94,7 +94,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], example_input
     ...     torch.export.load(f"{folder}/model.pt2").module()(torch.ones(5, 3)).shape
     torch.Size([5, 2])
     """
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
 
         def write(network: nn.Module, args: Any, named: dict[str, Any], shapes: Any) -> None:
             program = torch.export.export(network, args, named, dynamic_shapes=shapes)

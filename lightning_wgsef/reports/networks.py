@@ -15,7 +15,7 @@ from torch import nn
 from lightning_wgsef.network.example_input import with_batch_size
 from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.latency import BatchLatency, LatencyReport, measure_latency
-from lightning_wgsef.utils.files import whole_file
+from lightning_wgsef.utils.files import atomic_write
 from lightning_wgsef.utils.tables import format_table
 
 
@@ -59,7 +59,7 @@ class NetworkReport:
         Raises:
             ValueError: a path that cannot be written.
         """
-        with whole_file(path) as temporary:
+        with atomic_write(path) as temporary:
             temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
 
     def __str__(self) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from lightning_wgsef.network.layers import canonical_name, modules_by_name
 from lightning_wgsef.network.surgery import RemovalPlan
 from lightning_wgsef.slimming.slim import Slimming
-from lightning_wgsef.utils.files import check_writable, whole_file
+from lightning_wgsef.utils.files import atomic_write, check_writable
 
 _FORMAT = "lightning_wgsef slim network, version 1"
 
@@ -60,7 +60,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
         "plans": json.dumps([asdict(plan) for plan in record.plans]),
         "tied": json.dumps(tied),
     }
-    with whole_file(path) as temporary:
+    with atomic_write(path) as temporary:
         try:
             save_file(tensors, temporary, header)
         except (OSError, safetensors.SafetensorError) as error:

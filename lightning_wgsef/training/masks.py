@@ -15,6 +15,7 @@ from lightning_wgsef.groups.grouped_layer import on_model
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
 from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.utils.files import read_checkpoint
 
 Masks = dict[str, Tensor]
 """For every layer, by name, a boolean for every group: alive?"""
@@ -120,13 +121,9 @@ def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
         ValueError: no such file, not a checkpoint, of another model, or without a zero group.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a file of something else fails in any way inside the unpickler
-        # torch's own words recommend to execute the file.
-        raise ValueError(
-            f"masks: {str(path)!r} cannot be read as a checkpoint: there is no such file, or it is "
-            f"truncated, or holds more than numbers and text ({type(error).__name__})"
-        ) from error
+        content = read_checkpoint(path)
+    except ValueError as error:
+        raise ValueError(f"masks: {str(path)!r} cannot be read: {error}") from error
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict):
         raise ValueError(

@@ -1,24 +1,30 @@
-"""Files that are there whole, or not at all."""
+"""Atomic writes and safe reads of files."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
+
+import torch
 
 
 @contextmanager
-def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name beside ``path``, which takes its place once the block has succeeded.
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``path`` that takes its place once the block has succeeded.
+
+    Whatever happens in between, what is at ``path`` is the old file or the whole new one.
 
     Raises:
         ValueError: no file can be written there.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
-    ...     with whole_file(f"{folder}/notes.txt") as temporary:
+    ...     with atomic_write(f"{folder}/notes.txt") as temporary:
     ...         _ = temporary.write_text("all of it")
     ...     os.listdir(folder)
     ['notes.txt']
@@ -35,7 +41,10 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def check_writable(path: str | os.PathLike[str]) -> Path:
-    """Raise `ValueError` unless a file can be written at ``path``; returns a free name beside it.
+    """Return a free name beside ``path``, where a file can be written.
+
+    Raises:
+        ValueError: no file can be written there.
 
     >>> check_writable("missing/model.onnx")
     Traceback (most recent call last):
@@ -55,3 +64,29 @@ directory
             f"path must be a file that can be written, got {str(target)!r}: {error.strerror}"
         ) from error
     return temporary
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+    """Return the numbers and text in a file of `torch.save`, on the CPU; nothing is executed.
+
+    Raises:
+        ValueError: no such file, one of something else, or one that holds more than that.
+
+    >>> read_checkpoint("missing.ckpt")
+    Traceback (most recent call last):
+    ...
+    ValueError: there is no file missing.ckpt
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a file of something else fails in any way inside the unpickler
+        # torch's own words recommend to execute the file.
+        if code := re.search(r"GLOBAL (\S+)", str(error)):
+            raise ValueError(
+                f"{path} holds more than numbers and text: to read its {code[1]}, code from the "
+                "file would have to be executed. Write torch.save(model.state_dict(), "
+                "'weights.pt') where it was made, and read that"
+            ) from error
+        raise ValueError(f"{path} is truncated or no checkpoint") from error

@@ -14,7 +14,6 @@ from lightning_wgsef.export import runtimes as export
 from lightning_wgsef.export.runtimes import export_onnx, export_program
 from lightning_wgsef.export.sparse_storage import to_sparse
 from lightning_wgsef.network.equivalence import relative_difference
-from lightning_wgsef.utils.files import whole_file
 from tests.helpers.groups import raises_naming
 
 NAN, INF = math.nan, math.inf
@@ -257,23 +256,6 @@ def test_a_missing_package_is_named(tmp_path, monkeypatch, package):
         export_onnx(Images(), tmp_path / "model", IMAGES)
     assert list(tmp_path.iterdir()) == []
     export_program(Images(), tmp_path / "model", IMAGES)
-
-
-def test_a_failure_in_the_block_leaves_the_file_of_before(tmp_path):
-    path = tmp_path / "file"
-    with whole_file(path) as temporary:
-        temporary.write_text("first")
-        assert not path.exists()
-
-    def fails():
-        with whole_file(path) as temporary:
-            temporary.write_text("second")
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fails()
-    assert path.read_text() == "first"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(

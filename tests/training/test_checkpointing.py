@@ -64,7 +64,7 @@ def test_nothing_that_is_read_is_executed() -> None:
     assert len(files) > 50
     unsafe = {name: found for name in files if (found := list(unsafe_lines(files[name])))}
     assert unsafe == {"export/runtimes.py": ["torch.export.load(file)"]}  # which it wrote itself
-    assert sum(source.count("torch.load(") for source in files.values()) >= 2
+    assert [name for name in files if "torch.load(" in files[name]] == ["utils/files.py"]
 
 
 @pytest.mark.parametrize(
