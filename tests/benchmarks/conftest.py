@@ -26,15 +26,8 @@ LARGE_NEEDS = 12 * 2**30
 _not_run: list[dict[str, str]] = []
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "gpu: needs CUDA")
-    config.addinivalue_line("markers", "large: 10^8 numbers, needs 12 GiB of free memory")
-
-
 def pytest_runtest_setup(item: pytest.Item) -> None:
     _give_memory_back()
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
     free = memory("MemAvailable")
     if item.get_closest_marker("large") and free < LARGE_NEEDS:
         pytest.skip(f"10^8 numbers need 12 GiB of free memory, {free / 2**30:.1f} are")

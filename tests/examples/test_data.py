@@ -21,7 +21,6 @@ from examples.data.modules import CIFAR10, Digits, FashionMNIST
 from examples.models.lenet import Classifier, FiveLayerBatchNorm, LeNet5, SmallConvNet
 
 # pytorch-lightning 2.6 under torch 2.13, in every fit
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 
 @pytest.mark.parametrize("module", [batches, files])
@@ -98,13 +97,7 @@ def test_a_restored_loader_hands_out_the_rest_of_the_epoch_under_any_seed() -> N
     assert drawn(iter(restored)) == drawn(iter(loader))
 
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -290,7 +283,7 @@ def test_a_data_module_keeps_its_sets_on_the_device() -> None:
     assert data.train_set is before
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 def test_batches_on_an_accelerator_follow_seed_and_epoch() -> None:
     images, labels = (tensor.cuda() for tensor in counting(50))
     loader = Batches(images, labels, 8, shuffle=True)

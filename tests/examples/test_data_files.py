@@ -15,7 +15,7 @@ import torch
 from examples.data import cifar
 from examples.data import downloads as files
 from examples.data.modules import CIFAR10, CIFAR100, Cifar, FashionMNIST
-from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
+from tests.conftest import DATA
 from tests.helpers.local_server import UNREACHABLE, contents, served
 
 
@@ -167,7 +167,7 @@ def test_the_archive_is_downloaded_verified_and_unpacked(
 
 CIFAR = Path(os.environ.get("CIFAR", "/tmp/cifar"))
 # Of the copies of CIFAR-10's test file that are at hand some images are known to be inexact.
-INEXACT = FASHION_MNIST.parent / "cifar10" / "test_inexact_indices.txt"
+INEXACT = "test_inexact_indices.txt"
 FIRST_LABELS = {CIFAR10: [6, 9, 9, 4, 1], CIFAR100: [19, 29, 0, 11, 1]}
 
 
@@ -179,7 +179,8 @@ def test_real_cifar_is_complete(module: type[Cifar]) -> None:
         )
     data, excluded = module(CIFAR, val_size=0), []
     if module is CIFAR10:
-        lists = [path for path in (INEXACT, CIFAR / INEXACT.name) if path.exists()]
+        folders = [*(folder / "cifar10" for folder in DATA), CIFAR]
+        lists = [folder / INEXACT for folder in folders if (folder / INEXACT).exists()]
         excluded = [int(line) for path in lists[:1] for line in path.read_text().split()]
         data.exclude_test = excluded
     data.setup()
@@ -199,14 +200,13 @@ def test_real_cifar_is_complete(module: type[Cifar]) -> None:
 
 
 @pytest.fixture(scope="module")
-def fashion() -> FashionMNIST:
-    data = FashionMNIST(FASHION_MNIST, val_size=0)
+def fashion(fashion_mnist: Path) -> FashionMNIST:
+    data = FashionMNIST(fashion_mnist, val_size=0)
     data.prepare_data()
     data.setup()
     return data
 
 
-@needs_fashion_mnist
 def test_fashion_mnist_is_complete(fashion: FashionMNIST) -> None:
     images, labels = fashion.train_set
     assert images.shape == (60_000, 1, 28, 28)
@@ -223,9 +223,10 @@ def test_fashion_mnist_is_complete(fashion: FashionMNIST) -> None:
     assert labels.dtype == torch.int64
 
 
-@needs_fashion_mnist
-def test_validation_images_are_cut_from_the_training_images(fashion: FashionMNIST) -> None:
-    data = FashionMNIST(FASHION_MNIST, val_size=1_000)
+def test_validation_images_are_cut_from_the_training_images(
+    fashion: FashionMNIST, fashion_mnist: Path
+) -> None:
+    data = FashionMNIST(fashion_mnist, val_size=1_000)
     data.setup()
     assert torch.equal(data.val_set[0], fashion.train_set[0][59_000:])
     assert torch.equal(data.train_set[1], fashion.train_set[1][:59_000])
@@ -233,20 +234,21 @@ def test_validation_images_are_cut_from_the_training_images(fashion: FashionMNIS
         data.cut(*fashion.train_set, 60_000)
 
 
-def with_truncated(folder: Path, name: str) -> str:
+def with_truncated(real: Path, folder: Path, name: str) -> str:
     """Copies the real files, one of them cut in half; returns the half's MD5."""
     for each in files.FASHION_MNIST_MD5:
-        (folder / each).write_bytes((FASHION_MNIST / each).read_bytes())
-    half = (FASHION_MNIST / name).read_bytes()
+        (folder / each).write_bytes((real / each).read_bytes())
+    half = (real / name).read_bytes()
     half = half[: len(half) // 2]
     (folder / name).write_bytes(half)
     return hashlib.md5(half).hexdigest()
 
 
-@needs_fashion_mnist
 @pytest.mark.parametrize("name", files.FASHION_MNIST_MD5)
-def test_a_truncated_file_is_named_with_both_sums(tmp_path: Path, name: str) -> None:
-    found = with_truncated(tmp_path, name)
+def test_a_truncated_file_is_named_with_both_sums(
+    fashion_mnist: Path, tmp_path: Path, name: str
+) -> None:
+    found = with_truncated(fashion_mnist, tmp_path, name)
     data = FashionMNIST(tmp_path)
     data.prepare_data()
     with pytest.raises(ValueError, match="truncated") as error:
@@ -270,13 +272,12 @@ def test_without_network_the_message_says_which_files_go_where(
     assert contents(tmp_path) == [present]
 
 
-@needs_fashion_mnist
 def test_missing_files_are_downloaded_and_verified(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "not" / "there" / "yet"
     data = FashionMNIST(folder)
-    with served(FASHION_MNIST) as address:
+    with served(fashion_mnist) as address:
         monkeypatch.setattr(files, "FASHION_MNIST_URL", address)
         data.prepare_data()
     assert contents(folder) == sorted(files.FASHION_MNIST_MD5)
@@ -286,13 +287,12 @@ def test_missing_files_are_downloaded_and_verified(
     data.prepare_data()  # nothing is missing any more
 
 
-@needs_fashion_mnist
 def test_a_corrupt_download_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "served").mkdir()
     name = "train-images-idx3-ubyte.gz"
-    found = with_truncated(tmp_path / "served", name)
+    found = with_truncated(fashion_mnist, tmp_path / "served", name)
     with served(tmp_path / "served") as address:
         monkeypatch.setattr(files, "FASHION_MNIST_URL", address)
         with pytest.raises(ValueError, match="Nothing was kept") as error:

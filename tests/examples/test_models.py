@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import pytorch_lightning as pl
@@ -22,10 +23,8 @@ from examples.models.unet import Segmenter, UNet
 from examples.models.vgg import VGG
 from examples.models.vit import VisionTransformer
 from lightning_wgsef import group_parameters, slim
-from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
 
 # pytorch-lightning 2.6 under torch 2.13, in every fit
-pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 
 HEADS_AND_UNITS = {"*attention*": "head", "*mlp*": "hidden"}
 
@@ -275,9 +274,8 @@ def test_intersection_over_union_counts_the_pixels_of_the_whole_set(validate: bo
     assert iou(Threshold(), 1.0) == noisy  # the noise of every evaluation is the same
 
 
-@needs_fashion_mnist
-def test_the_unet_learns_to_find_garments() -> None:
-    data = FashionMNIST(FASHION_MNIST, batch_size=32)
+def test_the_unet_learns_to_find_garments(fashion_mnist: Path) -> None:
+    data = FashionMNIST(fashion_mnist, batch_size=32)
     data.setup()
     pl.seed_everything(0)
     model = Segmenter(UNet(width=8), lr=0.01)

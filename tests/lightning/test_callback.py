@@ -67,7 +67,6 @@ def test_acts_once_for_every_step_of_the_optimizer(accumulate: int) -> None:
     assert alive(model) == BUDGET
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
 @pytest.mark.parametrize("stop", [13, 20, 27, 60])
 def test_resume_is_bit_identical(tmp_path: Any, optimizer: str, stop: int) -> None:

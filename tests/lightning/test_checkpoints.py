@@ -44,7 +44,7 @@ def resumable() -> Batches:
     return Batches(inputs, targets, 16)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:Be aware that")
+@pytest.mark.filterwarnings("ignore:Be aware that")
 def test_resume_in_mid_epoch_is_the_plain_loop(tmp_path: Any) -> None:
     """A run that stopped after 7 of 10 batches takes 3 more steps, with its momentum."""
     first = Recorded()
@@ -64,7 +64,6 @@ def test_resume_in_mid_epoch_is_the_plain_loop(tmp_path: Any) -> None:
     assert_same(resumed.net, slow_loop(single(10)))
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 def test_weights_only_checkpoint(tmp_path: Any) -> None:
     """It has no state of the callback; its zeros are the masks."""
     model = Dense()
@@ -82,7 +81,7 @@ def test_weights_only_checkpoint(tmp_path: Any) -> None:
     assert not torch.equal(tuned.net[2].weight, model.net[2].weight)
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_validate_and_test_with_a_checkpoint(tmp_path: Any) -> None:
     """They show the weights of the file, be they dense or pruned, and a fit goes on from there."""
 

@@ -112,7 +112,7 @@ class Joining(Unfreezing):
         pl_module.net[3].requires_grad_(trainer.current_epoch >= 1)
 
 
-@pytest.mark.filterwarnings("ignore:.*no optimizer trains these", "ignore:Checkpoint directory")
+@pytest.mark.filterwarnings("ignore:.*no optimizer trains these")
 @pytest.mark.parametrize("first", [True, False])
 def test_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
     """Saved when two of four epochs are over, before and after the freeze."""

@@ -29,7 +29,6 @@ from tests.scripts.lightning_cli import alive_columns, module_class
 # Lightning calls the parser of its command line in a way that is deprecated.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
 ]
 
 

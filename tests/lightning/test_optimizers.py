@@ -104,16 +104,7 @@ class Overflowing(Dense):
         return optimizer
 
 
-@pytest.mark.parametrize(
-    "device",
-    [
-        "cpu",
-        pytest.param(
-            "cuda",
-            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-        ),
-    ],
-)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("fused", [False, True])
 def test_infinite_gradients_under_a_scaler(device: str, fused: bool) -> None:
     model = Overflowing(fused)

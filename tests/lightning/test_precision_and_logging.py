@@ -132,7 +132,6 @@ def joint_loop() -> nn.Sequential:
     return slow_loop(steps[5:], net, optimizer, mask)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_ddp_spawn_does_what_one_process_does(tmp_path: Path) -> None:
     """Two epochs under ddp_spawn: the same weights on both, those of the joint batches."""
 
@@ -214,7 +213,7 @@ class Validated(Dense):
         return data(2)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*barebones")
+@pytest.mark.filterwarnings("ignore:.*barebones")
 @pytest.mark.parametrize(
     ("arguments", "steps", "validations"),
     [

@@ -100,7 +100,7 @@ def run_finder(finder: str, model: Tuned, callback: WGSEFCallback, tmp_path: Any
     trainer.fit(model)
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*num_workers")
+@pytest.mark.filterwarnings("ignore:.*num_workers")
 @pytest.mark.parametrize("finder", ["rate", "batch size"])
 @pytest.mark.parametrize("used", [False, True])
 def test_finders_leave_no_trace(finder: str, used: bool, tmp_path: Any) -> None:

@@ -70,7 +70,6 @@ def test_averages_keep_the_zeros(what: str, start: int, first: bool) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("first", [True, False])
 def test_checkpoints_hold_a_sparse_average(first: bool, tmp_path: Any) -> None:
     """Saved at step 12, after the freeze at step 6; the fit that goes on from it stays sparse."""

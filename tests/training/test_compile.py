@@ -22,7 +22,7 @@ pytestmark = [
     # torch itself meets these while it compiles an optimizer.
     pytest.mark.filterwarnings("ignore:.*torch.jit.script_method"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor"),
-    pytest.mark.filterwarnings("ignore:Checkpoint directory", "ignore:The dirpath has changed"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed"),
 ]
 needs_compiler = pytest.mark.skipif(
     not any(shutil.which(name) for name in ("g++", "clang++", "c++")),

@@ -317,7 +317,7 @@ def test_a_checkpoint_that_is_not_pruned(groups, tmp_path):
         masks_from_checkpoint(groups, tmp_path / "dense.ckpt")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no accelerator")
+@pytest.mark.gpu
 def test_a_checkpoint_for_a_model_on_an_accelerator(tmp_path):
     torch.save({"state_dict": pruned().state_dict()}, tmp_path / "last.ckpt")
     model = conv_network(seed=1).cuda()

@@ -88,7 +88,7 @@ def lightning() -> tuple[nn.Module, WGSEF]:
     return module.net, callback.regularizer
 
 
-@pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:The 'train_dataloader'")
+@pytest.mark.filterwarnings("ignore:The 'train_dataloader'")
 @pytest.mark.parametrize("loop", [fabric, accelerate, lightning])
 def test_every_loop_ends_with_the_same_weights(loop: Any) -> None:
     (model, regularizer), (expected, first) = loop(), plain()

@@ -503,7 +503,6 @@ def test_the_gap_stays_closed_while_the_network_goes_on_training():
 # --- resuming ----------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory")
 @pytest.mark.parametrize("costs", ["flops", "latency"])
 @pytest.mark.parametrize("metric", ["identity", "auto"])
 @pytest.mark.parametrize("stop", [4, 14, 22])
