@@ -77,7 +77,7 @@ def layer_budget(layer: GroupedLayer, k: Budget) -> float:
     Raises:
         ValueError: more than the layer has, or less than its dearest group costs.
     """
-    if layer.contest:
+    if layer.m:
         return layer.budget  # the grouping's name says it
     if isinstance(k, Mapping):
         k = next(value for pattern, value in k.items() if matches(pattern, layer.name))

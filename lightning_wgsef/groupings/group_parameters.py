@@ -20,7 +20,7 @@ from lightning_wgsef.groupings.patterns import check_patterns, matches
 from lightning_wgsef.groupings.registry import MISSING, Grouping, find_groups, grouping_name
 from lightning_wgsef.groupings.removability import with_invariance
 from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
-from lightning_wgsef.groups.grouped_layer import Claims, GroupedLayer, on_model
+from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps, on_model
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.network.sharding import whole_model
 
@@ -98,11 +98,11 @@ def group_parameters(
     excluded = check_patterns("exclude", exclude, names)
     if isinstance(k, Mapping):
         check_patterns("k", list(k), names)
-    left_out, layers, claims = dict(found.left_out), [], Claims()
+    left_out, layers, overlaps = dict(found.left_out), [], Overlaps()
     for layer in found.layers:
         reason = _reason_to_leave_out(layer, included, excluded, k)
         if not reason and overlap == "first":
-            reason = claims.add(layer)
+            reason = overlaps.add(layer)
         if reason:
             left_out[layer.name] = reason
         else:

@@ -121,7 +121,7 @@ def n_of_m_groups(model: nn.Module, n: int, m: int) -> Groups:
     m does not divide are left out.
 
     >>> groups = n_of_m_groups(nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 3)), 2, 4)
-    >>> [(layer.name, layer.count, layer.contest, layer.budget) for layer in groups.layers]
+    >>> [(layer.name, layer.count, layer.m, layer.budget) for layer in groups.layers]
     [('0', 16, 4, 2.0)]
     >>> groups.left_out
     {'1': '2:4 needs inputs that 4 divides, its weight has 2 (shape (3, 2))'}
@@ -139,9 +139,7 @@ def n_of_m_groups(model: nn.Module, n: int, m: int) -> Groups:
         axes = tuple(range(layer.weight.dim()))
         member = Member(layer.path("weight"), layer.weight, axes, _inputs_last(layer))
         grouped.append(
-            GroupedLayer(
-                layer.name, f"{n}:{m}", member.slices, (member,), budget=float(n), contest=m
-            )
+            GroupedLayer(layer.name, f"{n}:{m}", member.slices, (member,), budget=float(n), m=m)
         )
     return Groups(grouped, left_out)
 

@@ -68,7 +68,7 @@ def with_weights(
         if weights == "uniform":
             return list(layers)
         if weights == "layer_norm" and scope == "global":
-            return [replace(layer, relative=True) for layer in layers]
+            return [replace(layer, layer_normalised=True) for layer in layers]
         found = {layer.name: _named(layer, weights) for layer in layers}
         if weights != "layer_norm":
             found = _with_mean_one(found, together=scope == "global")

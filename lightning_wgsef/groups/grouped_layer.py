@@ -39,11 +39,11 @@ class GroupedLayer:
         obstacle: why they cannot, where somebody might expect it; "" otherwise.
         reserved: why the layer is left out unless the user names it; "" for "it is not".
         weights: penalty weights w_j > 0, shape (count,); None: 1.
-        relative: in one competition of all layers, the weights are divided by the mean square norm
-            of the layer's groups, measured anew at every step.
+        layer_normalised: in one competition of all layers, the weights are divided by the mean
+            square norm of the layer's groups, measured anew at every step.
         costs: costs c_j > 0, shape (count,); None: 1.
         budget: K in units of cost.
-        contest: how many groups in a row compete for the budget, as in n:m; None: all of them.
+        m: how many groups in a row share the budget, as in n:m; None: all of them.
 
     Raises:
         ValueError: an index or a tensor does not fit ``count``.
@@ -57,10 +57,10 @@ class GroupedLayer:
     obstacle: str = ""
     reserved: str = ""
     weights: Tensor | None = None
-    relative: bool = False
+    layer_normalised: bool = False
     costs: Tensor | None = None
     budget: float = field(default=math.inf)
-    contest: int | None = None
+    m: int | None = None
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -76,12 +76,10 @@ class GroupedLayer:
                     f"'{member.name}' has slices up to group {highest}, but layer '{self.name}' "
                     f"has {self.count} groups"
                 )
-        if self.contest is not None and (
-            self.contest < 1 or self.count % self.contest or self.costs is not None
-        ):
+        if self.m is not None and (self.m < 1 or self.count % self.m or self.costs is not None):
             raise ValueError(
-                f"contest of layer '{self.name}' must divide its {self.count} groups, which have "
-                f"no costs, got {self.contest}"
+                f"m of layer '{self.name}' must divide its {self.count} groups, which have "
+                f"no costs, got {self.m}"
             )
         for name, values in (("weights", self.weights), ("costs", self.costs)):
             if values is not None and (
@@ -110,41 +108,41 @@ class GroupedLayer:
         return sizes
 
 
-class Claims:
+class Overlaps:
     """The weights that layers of groups have claimed so far.
 
     >>> weight = torch.nn.Parameter(torch.ones(2, 2))
     >>> rows = GroupedLayer("fc", "row", 2, (Member("fc.weight", weight, axes=(0,)),))
     >>> columns = GroupedLayer("other", "column", 2, (Member("fc.weight", weight, axes=(1,)),))
-    >>> claims = Claims()
-    >>> claims.add(rows), claims.add(columns)
+    >>> overlaps = Overlaps()
+    >>> overlaps.add(rows), overlaps.add(columns)
     ('', "weights of 'fc.weight' belong to 'fc' (row) and to 'other' (column)")
     """
 
     def __init__(self) -> None:
-        self._claims: dict[int, list[tuple[GroupedLayer, Member]]] = {}
+        self._taken: dict[int, list[tuple[GroupedLayer, Member]]] = {}
 
     def add(self, layer: GroupedLayer) -> str:
         """Claim the weights of ``layer``; if some are claimed already, none, and say which."""
         mine: dict[int, list[tuple[GroupedLayer, Member]]] = {}
         for member in layer.members:
             key = id(member.parameter)
-            for other, one in (*self._claims.get(key, ()), *mine.get(key, ())):
-                if bool((_claim(other, one) & _claim(layer, member)).any()):
+            for other, one in (*self._taken.get(key, ()), *mine.get(key, ())):
+                if bool((_covered(other, one) & _covered(layer, member)).any()):
                     return (
                         f"weights of '{one.name}' belong to '{other.name}' ({other.grouping}) "
                         f"and to '{layer.name}' ({layer.grouping})"
                     )
             mine.setdefault(key, []).append((layer, member))
-        for key, claims in mine.items():
-            self._claims.setdefault(key, []).extend(claims)
+        for key, taken in mine.items():
+            self._taken.setdefault(key, []).extend(taken)
         return ""
 
 
-def _claim(layer: GroupedLayer, member: Member) -> Tensor:
+def _covered(layer: GroupedLayer, member: Member) -> Tensor:
     """Which weights of the member's parameter belong to a group, shaped to broadcast with it."""
     inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
-    claim = member.along(inside, False)
+    covered = member.along(inside, False)
     if member.shape is None:
-        return claim
-    return claim.expand(member.shape).reshape(member.parameter.shape)
+        return covered
+    return covered.expand(member.shape).reshape(member.parameter.shape)

@@ -11,9 +11,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from lightning_wgsef.groups.grouped_layer import Claims, GroupedLayer
+from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps
 from lightning_wgsef.groups.members import Member
-from lightning_wgsef.groups.sharding import counted_here, part_of
+from lightning_wgsef.groups.sharding import counted_here, local_member
 from lightning_wgsef.network.sharding import is_sharded
 from lightning_wgsef.penalties.segments import Segments
 from lightning_wgsef.utils.tables import format_table
@@ -76,17 +76,17 @@ class Groups:
         if budget is not None:
             budgets = [budget]
         if self.is_global:
-            _refuse_contests(self.layers)
+            _refuse_n_of_m(self.layers)
             self.segments = Segments.of_sizes([len(self)], device)
         else:
-            contests = [layer.contest for layer in self.layers]
-            self.segments = Segments.of_contests(self.counts, contests, device)
+            ms = [layer.m for layer in self.layers]
+            self.segments = Segments.n_of_m(self.counts, ms, device)
         self.budgets = torch.tensor(budgets, dtype=torch.float64).to(device)
         self.weights = self._joined([layer.weights for layer in self.layers], self.dtype)
         # Whether costs fit a budget is a matter of their last digits.
         self.costs = self._joined([layer.costs for layer in self.layers], torch.float64)
         # Of parameters that are sharded, what lies on this process.
-        self.members = [part_of(member) for layer in self.layers for member in layer.members]
+        self.members = [local_member(member) for layer in self.layers for member in layer.members]
         self._is_sharded = any(map(is_sharded, parameters))
         counts = torch.tensor(self.counts, dtype=torch.long)
         self.starts = (counts.cumsum(0) - counts).to(device)
@@ -97,8 +97,10 @@ class Groups:
         if self._is_sharded:
             self._counted = counted_owners(self._owners, self.members, len(self))
         self._own_weights = self.weights
-        self._is_relative = self.is_global and any(layer.relative for layer in self.layers)
-        self.weigh(self.norms() if self._is_relative else None)
+        self._is_layer_normalised = self.is_global and any(
+            layer.layer_normalised for layer in self.layers
+        )
+        self.weigh(self.norms() if self._is_layer_normalised else None)
 
     def _joined(self, values: list[Tensor | None], dtype: torch.dtype) -> Tensor | None:
         if all(value is None for value in values):
@@ -118,8 +120,8 @@ class Groups:
     @property
     def totals(self) -> Tensor:
         """What all groups that compete for one budget cost, shape (S,)."""
-        if any(layer.contest for layer in self.layers):  # which have no costs
-            counts = [layer.contest or layer.count for layer in self.layers]
+        if any(layer.m for layer in self.layers):  # which have no costs
+            counts = [layer.m or layer.count for layer in self.layers]
             return torch.tensor(counts, dtype=torch.float64, device=self.device)
         costs = torch.ones(len(self)) if self.costs is None else self.costs
         return self.segments.total(costs.to(self.device, torch.float64))
@@ -147,7 +149,7 @@ class Groups:
         return Groups(layers)
 
     def weigh(self, norms: Tensor | None) -> None:
-        """Measure the weights of layers that are ``relative`` anew.
+        """Measure the weights of layers that are ``layer_normalised`` anew.
 
         Without it, the layer whose groups grow fastest wins a competition of all layers: groups of
         one layer are more alike than layers are.
@@ -155,7 +157,7 @@ class Groups:
         Args:
             norms: of the groups as they are, shape (m,).
         """
-        if not self._is_relative or norms is None:
+        if not self._is_layer_normalised or norms is None:
             return
         squares = norms.double().square()
         parts = torch.split_with_sizes(squares, self.counts)
@@ -231,10 +233,10 @@ class Groups:
         Raises:
             ValueError: names the parameter and both layers.
         """
-        claims = Claims()
+        overlaps = Overlaps()
         others = other.layers if other is not None else ()
         for layer in (*self.layers, *others):
-            if clash := claims.add(layer):
+            if clash := overlaps.add(layer):
                 whose = " of another callback or regularizer" if layer in others else ""
                 raise ValueError(
                     f"groups overlap: {clash}{whose}; leave one of the two out with include or "
@@ -246,7 +248,7 @@ class Groups:
         rows = []
         for layer in self.layers:
             budget = f"{layer.budget:g}" if math.isfinite(layer.budget) else "-"
-            budget += f" of {layer.contest}" if layer.contest else ""
+            budget += f" of {layer.m}" if layer.m else ""
             removable = "yes" if layer.removable else "no"
             removable += f": {layer.obstacle}" if layer.obstacle else ""
             size = _range(layer.sizes())
@@ -264,12 +266,12 @@ class Groups:
         return "\n".join(lines)
 
 
-def _refuse_contests(layers: Iterable[GroupedLayer]) -> None:
+def _refuse_n_of_m(layers: Iterable[GroupedLayer]) -> None:
     for layer in layers:
-        if layer.contest:
+        if layer.m:
             raise ValueError(
                 f"scope must be 'layer' with grouping '{layer.grouping}' (layer '{layer.name}'), "
-                f"where every {layer.contest} groups in a row have a budget of their own"
+                f"where every {layer.m} groups in a row have a budget of their own"
             )
 
 

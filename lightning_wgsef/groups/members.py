@@ -178,17 +178,17 @@ def _column_squares(matrix: Tensor) -> Tensor:
     """Sum of squares down every column, shape (columns,).
 
     torch's own reduction down columns of a tall matrix takes ten times as long as one along rows.
-    Here blocks of rows are multiplied into a block that stays in the cache.
+    Here chunks of rows are multiplied into a chunk that stays in the cache.
     """
     rows, columns = matrix.shape
-    block = max(1, CACHED // max(columns, 1))
-    if rows <= 2 * block or matrix.device.type != "cpu":
+    chunk = max(1, CACHED // max(columns, 1))
+    if rows <= 2 * chunk or matrix.device.type != "cpu":
         sums: Tensor = torch.linalg.vecdot(matrix, matrix, dim=0)
         return sums
-    whole = rows // block * block
-    sums = matrix[:block].square()
-    for start in range(block, whole, block):
-        part = matrix[start : start + block]
+    whole = rows // chunk * chunk
+    sums = matrix[:chunk].square()
+    for start in range(chunk, whole, chunk):
+        part = matrix[start : start + chunk]
         sums.addcmul_(part, part)
     if whole < rows:
         sums[: rows - whole].addcmul_(matrix[whole:], matrix[whole:])
@@ -196,11 +196,11 @@ def _column_squares(matrix: Tensor) -> Tensor:
 
 
 _NUMBERS = 2**17
-"""Numbers of one block: several blocks of them fit the cache of a core."""
+"""Numbers of one chunk: several chunks of them fit the cache of a core."""
 
 
 @dataclass(frozen=True, eq=False)
-class Block:
+class Chunk:
     """Some rows of a member's matrix; the whole parameter where it is no matrix.
 
     Attributes:
@@ -212,16 +212,16 @@ class Block:
     rows: slice | None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The block's part of a tensor that is shaped like the weights; a view."""
+        """The chunk's part of a tensor that is shaped like the weights; a view."""
         matrix = None if self.rows is None else self.member.as_rows(tensor)
         return self.member.seen(tensor.detach()) if matrix is None else matrix[self.rows]
 
     def part(self, laid: Tensor) -> Tensor:
-        """The block's part of what `laid_along` gave, to broadcast with it."""
+        """The chunk's part of what `laid_along` gave, to broadcast with it."""
         return laid if self.rows is None or self.member.down_columns else laid[self.rows]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over every slice of values shaped like the block; one number a slice it touches."""
+        """Sum over every slice of values shaped like the chunk; one number a slice it touches."""
         if self.rows is None:
             summed = [a for a in range(values.dim()) if a not in self.member.axes]
             return (values.sum(summed) if summed else values).flatten()
@@ -230,20 +230,20 @@ class Block:
         return values.sum(1)
 
 
-def blocks(member: Member) -> Iterator[Block]:
-    """The blocks of ``member``, in order.
+def chunks(member: Member) -> Iterator[Chunk]:
+    """The chunks of ``member``, in order.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000, 1000))
-    >>> [block.rows for block in blocks(Member("fc.weight", weight, axes=(0,)))][:2]
+    >>> [chunk.rows for chunk in chunks(Member("fc.weight", weight, axes=(0,)))][:2]
     [slice(0, 131, None), slice(131, 262, None)]
     """
     rows = member.as_rows(member.weights)
     if rows is None or member.parameter.device.type != "cpu":
-        yield Block(member, None)
+        yield Chunk(member, None)
         return
     size = max(1, _NUMBERS // max(rows.shape[1], 1))
     for start in range(0, len(rows), size):
-        yield Block(member, slice(start, min(start + size, len(rows))))
+        yield Chunk(member, slice(start, min(start + size, len(rows))))
 
 
 def laid_along(member: Member, per_slice: Tensor) -> Tensor:
@@ -257,7 +257,7 @@ def laid_along(member: Member, per_slice: Tensor) -> Tensor:
 
 
 def joined(member: Member, parts: list[Tensor]) -> Tensor:
-    """What `Block.sum` gave for every block of ``member``, for every slice of it."""
+    """What `Chunk.sum` gave for every chunk of ``member``, for every slice of it."""
     if member.down_columns:
         return torch.stack(parts).sum(0)
     return parts[0] if len(parts) == 1 else torch.cat(parts)

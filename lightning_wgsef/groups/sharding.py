@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Part(Member):
+class LocalMember(Member):
     """What lies on this process of a member whose parameter is sharded.
 
     Slices are those of the part; ``index`` is the group of each.
@@ -46,7 +46,7 @@ class Part(Member):
         return tensor.detach()[tuple(slice(span.start, span.stop) for span in self.spans)]
 
 
-def part_of(member: Member) -> Member:
+def local_member(member: Member) -> Member:
     """``member`` with the slices that lie on this process; itself where it is not sharded.
 
     A slice of which only some weights are here is one of the part, of the same group.
@@ -65,17 +65,17 @@ def part_of(member: Member) -> Member:
         axes = tuple(range(member.parameter.dim()))
     index = index.view([member.parameter.shape[axis] for axis in axes])
     here = index[tuple(slice(held[axis].start, held[axis].stop) for axis in axes)]
-    return Part(member.name, member.parameter, axes, here.flatten(), None, held)
+    return LocalMember(member.name, member.parameter, axes, here.flatten(), None, held)
 
 
-def counted_here(parts: Sequence[Member]) -> list[bool]:
-    """Does this process count each of the parts? Of what several hold, the first one does.
+def counted_here(members: Sequence[Member]) -> list[bool]:
+    """Does this process count each of the members? Of what several hold, the first one does.
 
     Every process has to ask.
     """
     held = [
-        tuple((span.start, span.stop) for span in part.spans) if isinstance(part, Part) else None
-        for part in parts
+        tuple((span.start, span.stop) for span in x.spans) if isinstance(x, LocalMember) else None
+        for x in members
     ]
     everybody: list[list[object]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everybody, held)

@@ -96,7 +96,7 @@ class PruningSummary:
         groups = self.regularizer.groups
         if groups.is_global:
             return float(groups.budgets[0])
-        return sum(x.budget * (x.count // x.contest if x.contest else 1) for x in groups.layers)
+        return sum(x.budget * (x.count // x.m if x.m else 1) for x in groups.layers)
 
 
 def _has_summary(trainer: Trainer) -> bool:

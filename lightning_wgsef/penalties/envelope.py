@@ -60,7 +60,7 @@ import torch
 from torch import Tensor
 
 from lightning_wgsef.penalties.problem import Competition, Problem
-from lightning_wgsef.penalties.segments import LARGE, Piece, Segments
+from lightning_wgsef.penalties.segments import LARGE, Bucket, Segments
 from lightning_wgsef.penalties.solvers import sampled_secant, sorting_network
 from lightning_wgsef.penalties.solvers.sampled_secant import FULL_STEP_SLACK
 from lightning_wgsef.utils.validation import check_number, per_segment
@@ -199,8 +199,8 @@ def prox_multipliers(
     check_number("debias", debias, highest=1.0)
     steps = per_segment("step", step, problem.segments.count, problem.budgets)
 
-    def solve(piece: Piece) -> Tensor:
-        return multipliers(problem, piece, steps, debias, anchored)
+    def solve(bucket: Bucket) -> Tensor:
+        return multipliers(problem, bucket, steps, debias, anchored)
 
     return problem.per_group(solve)
 
@@ -237,18 +237,18 @@ _NARROWEST = 1e-8
 
 
 def multipliers(
-    problem: Problem, piece: Piece, steps: Tensor, debias: float, anchored: bool
+    problem: Problem, bucket: Bucket, steps: Tensor, debias: float, anchored: bool
 ) -> Tensor:
-    """What `prox_multipliers` gives for the segments of ``piece``, one a row.
+    """What `prox_multipliers` gives for the segments of ``bucket``, one a row.
 
     Raises:
         ValueError: debias * step * weights exceeds 1.
     """
-    column = piece.column(steps)
-    special = _special(problem, piece, column, debias, anchored)
+    column = bucket.column(steps)
+    special = _special(problem, bucket, column, debias, anchored)
     if special is not None:
         return special
-    return _multipliers(problem.competition(piece), column, debias, anchored)
+    return _multipliers(problem.competition(bucket), column, debias, anchored)
 
 
 def _multipliers(competition: Competition, steps: Tensor, debias: float, anchored: bool) -> Tensor:
@@ -274,27 +274,27 @@ def _multipliers(competition: Competition, steps: Tensor, debias: float, anchore
 
 
 def _special(
-    problem: Problem, piece: Piece, steps: Tensor, debias: float, anchored: bool
+    problem: Problem, bucket: Bucket, steps: Tensor, debias: float, anchored: bool
 ) -> Tensor | None:
     """Millions of groups in one segment, or many segments of a few, in their own way; else None."""
     plain = problem.weights is None and problem.costs is None
-    if not plain or problem.norms.device.type != "cpu" or piece.positions is not None:
+    if not plain or problem.norms.device.type != "cpu" or bucket.positions is not None:
         return None
-    k, step = float(piece.column(problem.budgets)[0]), float(steps[0])
-    alike = piece.contests or (problem.budgets.stride(0) == 0 and steps.stride(0) == 0)
+    k, step = float(bucket.column(problem.budgets)[0]), float(steps[0])
+    alike = bucket.n_of_m or (problem.budgets.stride(0) == 0 and steps.stride(0) == 0)
     inside = step > 0 and debias * step < 1 - FULL_STEP_SLACK
-    norms = piece.matrix(problem.norms)
-    if piece.rows == 1 and piece.width >= LARGE:
+    norms = bucket.matrix(problem.norms)
+    if bucket.rows == 1 and bucket.width >= LARGE:
         _check_debiased_step(steps, debias)
         return sampled_secant.multipliers(norms[0], step, k, debias=debias, anchored=anchored).view(
             1, -1
         )
     if (
-        piece.rows >= sorting_network.MANY
+        bucket.rows >= sorting_network.MANY
         and alike
         and inside
-        and piece.width <= sorting_network.LONGEST
-        and k == int(k) < piece.width
+        and bucket.width <= sorting_network.LONGEST
+        and k == int(k) < bucket.width
     ):
         return sorting_network.multipliers(norms, step, int(k), debias=debias, anchored=anchored)
     return None

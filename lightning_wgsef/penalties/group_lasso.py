@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_wgsef.penalties.problem import Competition, Problem
-from lightning_wgsef.penalties.segments import Piece, Segments
+from lightning_wgsef.penalties.segments import Bucket, Segments
 from lightning_wgsef.utils.validation import per_segment
 
 
@@ -64,9 +64,9 @@ class GroupLasso:
         problem = Problem(norms, k, weights, costs, segments)
         steps = per_segment("step", step, problem.segments.count, problem.budgets)
 
-        def multipliers(piece: Piece) -> Tensor:
-            competition = problem.competition(piece)
-            shrunk = competition.norms - competition.weighted(piece.column(steps))
+        def multipliers(bucket: Bucket) -> Tensor:
+            competition = problem.competition(bucket)
+            shrunk = competition.norms - competition.weighted(bucket.column(steps))
             return (shrunk / competition.norms).clamp(min=0).nan_to_num(1.0)
 
         return problem.per_group(multipliers)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_wgsef.penalties.segments import Piece, Segments
+from lightning_wgsef.penalties.segments import Bucket, Segments
 from lightning_wgsef.penalties.solvers.root_finding import root_by_rank, root_of_budget
 from lightning_wgsef.utils.validation import check_values, per_group, per_segment, shape_of
 
@@ -174,17 +174,17 @@ class Problem:
         self.weights = None if weights is None else per_group("weights", weights, norms.to(work))
         self.costs = None if costs is None else per_group("costs", costs, norms.to(work))
 
-    def pieces(self) -> list[Piece]:
+    def buckets(self) -> list[Bucket]:
         """The segments that share a matrix, without empty ones."""
-        return [piece for piece in self.segments.pieces if piece.rows and piece.width]
+        return [bucket for bucket in self.segments.buckets if bucket.rows and bucket.width]
 
-    def competition(self, piece: Piece) -> Competition:
+    def competition(self, bucket: Bucket) -> Competition:
         """The competition in these segments, in working precision."""
         return Competition(
-            piece.matrix(self.norms).to(self.budgets.dtype),
-            piece.column(self.budgets),
-            self._matrix(piece, self.weights),
-            self._matrix(piece, self.costs),
+            bucket.matrix(self.norms).to(self.budgets.dtype),
+            bucket.column(self.budgets),
+            self._matrix(bucket, self.weights),
+            self._matrix(bucket, self.costs),
         )
 
     def with_norms(self, norms: Tensor) -> Problem:
@@ -196,31 +196,32 @@ class Problem:
     def solve(self, of: Callable[..., Tensor], *per_group: Tensor) -> Tensor:
         """``of`` a competition and vectors over groups as matrices, as a vector over groups."""
         result = None
-        for piece in self.pieces():
-            matrices = [piece.matrix(vector, pad_with_lowest=True) for vector in per_group]
-            result = piece.place(of(self.competition(piece), *matrices), result, self.segments.size)
+        for bucket in self.buckets():
+            matrices = [bucket.matrix(vector, pad_with_lowest=True) for vector in per_group]
+            solved = of(self.competition(bucket), *matrices)
+            result = bucket.place(solved, result, self.segments.size)
         return self.norms.clone() if result is None else result
 
     @staticmethod
-    def _matrix(piece: Piece, values: Tensor | None) -> Tensor | None:
-        return None if values is None else piece.matrix(values, pad_with_lowest=True)
+    def _matrix(bucket: Bucket, values: Tensor | None) -> Tensor | None:
+        return None if values is None else bucket.matrix(values, pad_with_lowest=True)
 
-    def per_group(self, of: Callable[[Piece], Tensor]) -> Tensor:
-        """A matrix for every piece as a vector over groups, shape (m,), in the dtype of norms."""
+    def per_group(self, of: Callable[[Bucket], Tensor]) -> Tensor:
+        """A matrix for every bucket as a vector over groups, shape (m,), in the dtype of norms."""
         result = None
-        for piece in self.pieces():
-            matrix = of(piece).to(self.norms.dtype)
-            result = piece.place(matrix, result, self.segments.size)
+        for bucket in self.buckets():
+            matrix = of(bucket).to(self.norms.dtype)
+            result = bucket.place(matrix, result, self.segments.size)
         return self.norms.clone() if result is None else result
 
     def per_segment(self, of: Callable[[Competition], Tensor]) -> Tensor:
-        """A column for every piece as a vector over segments, shape (S,), dtype of norms."""
+        """A column for every bucket as a vector over segments, shape (S,), dtype of norms."""
         result = self.norms.new_zeros(self.segments.count)
-        for piece in self.pieces():
-            values = piece.of_segments(of(self.competition(piece)).to(result))
-            if piece.segments is None:
+        for bucket in self.buckets():
+            values = bucket.of_segments(of(self.competition(bucket)).to(result))
+            if bucket.segments is None:
                 return values
-            result[piece.segments] = values
+            result[bucket.segments] = values
         return result
 
 
@@ -244,7 +245,7 @@ def as_segments(segments: Tensor | int | Segments | None, norms: Tensor, k: obje
             raise ValueError(
                 f"segments = {segments}: a length must be at least 1 and divide the {size} groups"
             )
-        return Segments(size, size // segments, [Piece(size // segments, segments)])
+        return Segments(size, size // segments, [Bucket(size // segments, segments)])
     if segments.shape != norms.shape or segments.is_floating_point() or segments.is_complex():
         raise ValueError(
             f"segments must be integers of shape {shape_of(norms)}, "

@@ -21,7 +21,7 @@ _SMALL = 2**16
 
 
 @dataclass(frozen=True, eq=False)
-class Piece:
+class Bucket:
     """Segments that share one matrix.
 
     Attributes:
@@ -30,7 +30,7 @@ class Piece:
         segments: which segments these are; None: all, in order.
         groups: the groups they hold, in row order; None: all, in order.
         positions: where in the flattened matrix these groups are; None: they fill it.
-        contests: is every row a contest of its own for the budget of the one segment?
+        n_of_m: does every row have the budget of the one segment to itself?
     """
 
     rows: int
@@ -38,7 +38,7 @@ class Piece:
     segments: Tensor | None = None
     groups: Tensor | slice | None = None
     positions: Tensor | None = None
-    contests: bool = False
+    n_of_m: bool = False
 
     def matrix(self, per_group: Tensor, *, pad_with_lowest: bool = False) -> Tensor:
         """A vector over all groups, shape (m,), as a matrix, shape (rows, width), zero padded.
@@ -56,13 +56,13 @@ class Piece:
     def column(self, per_segment: Tensor) -> Tensor:
         """A vector over all segments, shape (S,), as a column, shape (rows, 1)."""
         values = per_segment if self.segments is None else per_segment[self.segments]
-        if self.contests:
+        if self.n_of_m:
             return values.view(1, 1).expand(self.rows, 1)
         return values.view(self.rows, 1)
 
     def of_segments(self, per_row: Tensor) -> Tensor:
         """A number of every row, shape (rows,) or (rows, 1), summed over the rows of a segment."""
-        return per_row.view(-1).sum(0, keepdim=True) if self.contests else per_row.view(-1)
+        return per_row.view(-1).sum(0, keepdim=True) if self.n_of_m else per_row.view(-1)
 
     def place(self, matrix: Tensor, result: Tensor | None, size: int) -> Tensor:
         """Write the matrix back into a vector over all ``size`` groups; the vector."""
@@ -82,18 +82,18 @@ class Segments:
     Args:
         size: number of groups m.
         count: number of segments S.
-        pieces: together they hold every group once.
+        buckets: together they hold every group once.
 
     >>> segments = Segments.of_labels(torch.tensor([0, 1, 0]))
-    >>> segments.pieces[0].matrix(torch.tensor([1.0, 2.0, 3.0]))
+    >>> segments.buckets[0].matrix(torch.tensor([1.0, 2.0, 3.0]))
     tensor([[1., 3.],
             [2., 0.]])
     """
 
-    def __init__(self, size: int, count: int, pieces: Sequence[Piece]) -> None:
+    def __init__(self, size: int, count: int, buckets: Sequence[Bucket]) -> None:
         self.size = size
         self.count = count
-        self.pieces = tuple(pieces)
+        self.buckets = tuple(buckets)
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], device: torch.device | str = "cpu") -> Segments:
@@ -106,21 +106,21 @@ class Segments:
         width = max(sizes, default=0)
         large = count > 1 and width >= LARGE
         if total == count * width and not large:
-            return cls(total, count, [Piece(count, width)])
+            return cls(total, count, [Bucket(count, width)])
         lengths = torch.tensor(sizes)
         starts = lengths.cumsum(0) - lengths
         if count * width <= max(_SMALL, 2 * total) and not large:
             # Every group as far right of its row's first place as it is of its segment's first.
             shift = torch.arange(count) * width - starts
             positions = torch.arange(total) + shift.repeat_interleave(lengths)
-            return cls(total, count, [Piece(count, width, positions=positions.to(device))])
+            return cls(total, count, [Bucket(count, width, positions=positions.to(device))])
         # Very different lengths: those within a factor of two of each other share a matrix.
         alike: dict[int, list[int]] = {}
         for number, n in enumerate(sizes):
             alike.setdefault(n.bit_length() if n < LARGE else -number - 1, []).append(number)
-        pieces = []
+        buckets = []
         for own in alike.values():
-            inner = cls.of_sizes([sizes[number] for number in own], device).pieces[0]
+            inner = cls.of_sizes([sizes[number] for number in own], device).buckets[0]
             groups: Tensor | slice = slice(int(starts[own[0]]), int(starts[own[0]]) + sizes[own[0]])
             if len(own) > 1:
                 mine = lengths[own]
@@ -128,8 +128,8 @@ class Segments:
                 groups = torch.arange(int(mine.sum())) + shift.repeat_interleave(mine)
                 groups = groups.to(device)
             numbers = torch.tensor(own, device=device)
-            pieces.append(Piece(inner.rows, inner.width, numbers, groups, inner.positions))
-        return cls(total, count, pieces)
+            buckets.append(Bucket(inner.rows, inner.width, numbers, groups, inner.positions))
+        return cls(total, count, buckets)
 
     @classmethod
     def of_labels(cls, labels: Tensor, count: int | None = None) -> Segments:
@@ -140,70 +140,75 @@ class Segments:
         if bool((labels[1:] >= labels[:-1]).all()):
             return laid_out
         order = labels.argsort(stable=True)
-        pieces = [
-            replace(piece, groups=order if piece.groups is None else order[piece.groups])
-            for piece in laid_out.pieces
+        buckets = [
+            replace(bucket, groups=order if bucket.groups is None else order[bucket.groups])
+            for bucket in laid_out.buckets
         ]
-        return cls(laid_out.size, laid_out.count, pieces)
+        return cls(laid_out.size, laid_out.count, buckets)
 
     @classmethod
-    def of_contests(
+    def n_of_m(
         cls,
         sizes: Sequence[int],
-        contests: Sequence[int | None],
+        ms: Sequence[int | None],
         device: torch.device | str = "cpu",
     ) -> Segments:
-        """Consecutive segments, of which some are cut into contests of equal length.
+        """Consecutive segments, of which some are cut into rows of m groups, as in n:m.
 
-        Each of these contests has the segment's budget to itself.
+        Each of these rows has the segment's budget to itself.
 
-        >>> segments = Segments.of_contests([2, 4], [None, 2])
+        Args:
+            sizes: length of every segment.
+            ms: length of the rows of every segment; None: it is not cut.
+            device: where indices are kept.
+
+        >>> segments = Segments.n_of_m([2, 4], [None, 2])
         >>> segments.labels()
         tensor([0, 0, 1, 1, 1, 1])
-        >>> segments.pieces[1].matrix(torch.arange(6.0))
+        >>> segments.buckets[1].matrix(torch.arange(6.0))
         tensor([[2., 3.],
                 [4., 5.]])
         """
-        if not any(contests):
+        if not any(ms):
             return cls.of_sizes(sizes, device)
         lengths = torch.tensor(sizes)
         starts = lengths.cumsum(0).sub_(lengths)
-        pieces = []
-        whole = torch.tensor([number for number, contest in enumerate(contests) if not contest])
+        buckets = []
+        whole = torch.tensor([number for number, m in enumerate(ms) if not m])
         if len(whole):
             mine = lengths[whole]
             before = starts[whole] - (mine.cumsum(0) - mine)
             groups = torch.arange(int(mine.sum())) + before.repeat_interleave(mine)
             groups = groups.to(device)
             whole = whole.to(device)
-            for piece in cls.of_sizes(mine.tolist(), device).pieces:
-                numbers = whole if piece.segments is None else whole[piece.segments]
-                inside = groups if piece.groups is None else groups[piece.groups]
-                pieces.append(replace(piece, segments=numbers, groups=inside))
-        for number, (size, contest) in enumerate(zip(sizes, contests, strict=True)):
-            if contest:
+            for bucket in cls.of_sizes(mine.tolist(), device).buckets:
+                numbers = whole if bucket.segments is None else whole[bucket.segments]
+                inside = groups if bucket.groups is None else groups[bucket.groups]
+                buckets.append(replace(bucket, segments=numbers, groups=inside))
+        for number, (size, m) in enumerate(zip(sizes, ms, strict=True)):
+            if m:
                 start = int(starts[number])
                 segment = torch.tensor([number], device=device)
                 own = slice(start, start + size)
-                pieces.append(Piece(size // contest, contest, segment, own, contests=True))
-        return cls(sum(sizes), len(sizes), pieces)
+                buckets.append(Bucket(size // m, m, segment, own, n_of_m=True))
+        return cls(sum(sizes), len(sizes), buckets)
 
     def total(self, per_group: Tensor) -> Tensor:
         """Sum over every segment of a number of each group, shape (S,)."""
         totals = per_group.new_zeros(self.count)
-        for piece in self.pieces:
-            sums = piece.of_segments(piece.matrix(per_group).sum(1))
-            if piece.segments is None:
+        for bucket in self.buckets:
+            sums = bucket.of_segments(bucket.matrix(per_group).sum(1))
+            if bucket.segments is None:
                 return sums
-            totals[piece.segments] = sums
+            totals[bucket.segments] = sums
         return totals
 
     def spread(self, per_segment: Tensor) -> Tensor:
         """For every group the value of its segment, shape (m,)."""
         result = None
-        for piece in self.pieces:
-            matrix = piece.column(per_segment).expand(piece.rows, piece.width)
-            result = piece.place(matrix, result, self.size)
+        for bucket in self.buckets:
+            matrix = bucket.column(per_segment).expand(bucket.rows, bucket.width)
+            result = bucket.place(matrix, result, self.size)
         return per_segment[:0] if result is None else result
 
     def labels(self) -> Tensor:

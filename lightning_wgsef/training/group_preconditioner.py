@@ -1,6 +1,6 @@
 r"""The metric D of an optimizer as groups see it: sums over their weights, and the metric prox.
 
-Everything walks over the weights in blocks that stay in the cache.
+Everything walks over the weights in chunks that stay in the cache.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.groups.members import Block, blocks, joined, laid_along
+from lightning_wgsef.groups.members import Chunk, chunks, joined, laid_along
 from lightning_wgsef.training.preconditioners import Preconditioner
 
 LARGEST = 1 - 1e-6
@@ -35,7 +35,7 @@ class GroupPreconditioner:
             for param_group in optimizer.param_groups
             for parameter in param_group["params"]
         }
-        self._blocks = [list(blocks(member)) for member in groups.members]
+        self._chunks = [list(chunks(member)) for member in groups.members]
         self._diagonals: list[Tensor] = []
         self._scratch: dict[tuple[int, torch.Size], Tensor] = {}
 
@@ -60,9 +60,9 @@ class GroupPreconditioner:
                 if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
             }
             alike = all(value.is_contiguous() for value in shaped.values())
-            for block in blocks(member) if alike else [Block(member, None)]:
-                parts = {**state, **{key: block.of(value) for key, value in shaped.items()}}
-                block.of(diagonal).copy_(self.preconditioner(parts, settings))
+            for chunk in chunks(member) if alike else [Chunk(member, None)]:
+                parts = {**state, **{key: chunk.of(value) for key, value in shaped.items()}}
+                chunk.of(diagonal).copy_(self.preconditioner(parts, settings))
 
     def norms(self) -> Tensor:
         r"""Norm of every group in the metric, :math:`(\sum D_i \theta_i^2)^{1/2}`, shape (m,)."""
@@ -101,7 +101,7 @@ class GroupPreconditioner:
         self, shares: Tensor, thresholds: Tensor, debias: float, allowed: Tensor | None
     ) -> None:
         r"""The metric prox with these shares, in place: multiply by D u / ((D - γt) u + t)."""
-        for block, metric, (share, threshold) in self._walk(shares, thresholds):
+        for chunk, metric, (share, threshold) in self._walk(shares, thresholds):
             factors, denominators = self._room(0, metric), self._room(1, metric)
             limited = _limited(threshold, metric, debias)
             torch.mul(metric, share, out=factors)
@@ -113,11 +113,11 @@ class GroupPreconditioner:
             factors.div_(denominators)
             if allowed is not None:
                 factors = torch.where(allowed, factors, 1)
-            values = block.of(block.member.weights)
+            values = chunk.of(chunk.member.weights)
             values.mul_(factors.to(values.dtype))
 
     def _room(self, slot: int, like: Tensor) -> Tensor:
-        """Memory for what is computed of a block, the same for every block of a shape."""
+        """Memory for what is computed of a chunk, the same for every chunk of a shape."""
         key = slot, like.shape
         if key not in self._scratch:
             self._scratch[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -130,18 +130,18 @@ class GroupPreconditioner:
     ) -> list[Tensor]:
         """Sum over every group the terms that ``of`` makes of values, D and per-group numbers."""
         totals: dict[int, list[list[Tensor]]] = {}
-        for block, metric, per_slice in self._walk(*per_group):
-            values = block.of(block.member.weights).to(metric.dtype)
-            parts = [block.sum(term) for term in of(values, metric, per_slice)]
-            totals.setdefault(id(block.member), []).append(parts)
+        for chunk, metric, per_slice in self._walk(*per_group):
+            values = chunk.of(chunk.member.weights).to(metric.dtype)
+            parts = [chunk.sum(term) for term in of(values, metric, per_slice)]
+            totals.setdefault(id(chunk.member), []).append(parts)
         per_member = [
             [joined(member, list(parts)) for parts in zip(*totals[id(member)], strict=True)]
             for member in self.groups.members
         ]
         return [self.groups.gathered(terms) for terms in zip(*per_member, strict=True)]
 
-    def _walk(self, *per_group: Tensor) -> Iterator[tuple[Block, Tensor, tuple[Tensor, ...]]]:
-        """Every block with its part of D and the per-group numbers laid along it.
+    def _walk(self, *per_group: Tensor) -> Iterator[tuple[Chunk, Tensor, tuple[Tensor, ...]]]:
+        """Every chunk with its part of D and the per-group numbers laid along it.
 
         The numbers are shares and thresholds: 1 and 0 leave what is in no group as it is.
         """
@@ -152,8 +152,8 @@ class GroupPreconditioner:
         ]
         for number, member in enumerate(self.groups.members):
             laid = [laid_along(member, vectors[number]) for vectors in per_member]
-            for block in self._blocks[number]:
-                yield block, block.of(self._diagonals[number]), tuple(map(block.part, laid))
+            for chunk in self._chunks[number]:
+                yield chunk, chunk.of(self._diagonals[number]), tuple(map(chunk.part, laid))
 
 
 def _limited(thresholds: Tensor, metric: Tensor, debias: float) -> Tensor:

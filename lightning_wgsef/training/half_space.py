@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.groups.members import Block
+from lightning_wgsef.groups.members import Chunk
 from lightning_wgsef.utils.validation import check_count_or_share
 
 
@@ -78,11 +78,11 @@ def inside_half_space(groups: Groups, before: Mapping[str, Tensor], epsilon: flo
     """
     products, squares = [], []
     for member in groups.members:
-        block = Block(member, None)
+        chunk = Chunk(member, None)
         old = member.seen(before[member.name]).to(groups.dtype)
         trial = member.seen(member.weights).to(groups.dtype)
-        products.append(block.sum(trial * old))
-        squares.append(block.sum(old * old))
+        products.append(chunk.sum(trial * old))
+        squares.append(chunk.sum(old * old))
     square = groups.gathered(squares)
     inside = groups.gathered(products) >= epsilon * square
     return (inside & (square > 0)).to(groups.dtype)

@@ -72,7 +72,7 @@ def within_masks(groups: Groups, masks: Mapping[str, Tensor]) -> Groups:
         alive = masks[layer.name].cpu()
         costs = torch.ones(layer.count) if layer.costs is None else layer.costs.cpu()
         budget = float(costs.double()[alive].sum()) or float(costs.min())  # a budget is positive
-        layers.append(layer if layer.contest else replace(layer, budget=budget))
+        layers.append(layer if layer.m else replace(layer, budget=budget))
     of_all = sum(layer.budget for layer in layers) if groups.is_global else None
     return Groups(layers, groups.left_out, of_all)
 

@@ -20,7 +20,7 @@ LAYERS = {
 }
 
 
-def contests(layer, weight, m):
+def rows_of_m(layer, weight, m):
     """Every m weights that compete, from the definition: neighbours along the inputs."""
     along = 0 if "Transpose" in type(layer).__name__ else 1
     rows = weight.movedim(along, -1)
@@ -40,7 +40,7 @@ def test_the_projection_keeps_the_n_largest_of_every_m_neighbours(kind, n, m):
     )
     groups.scale_(factors)
     seen = 0
-    pairs = zip(contests(layer, layer.weight, m), contests(layer, before, m), strict=True)
+    pairs = zip(rows_of_m(layer, layer.weight, m), rows_of_m(layer, before, m), strict=True)
     for after, values in pairs:
         strongest = values.abs().topk(n).indices
         assert after.nonzero().flatten().tolist() == sorted(strongest.tolist())
@@ -49,13 +49,13 @@ def test_the_projection_keeps_the_n_largest_of_every_m_neighbours(kind, n, m):
     assert seen == layer.weight.numel() // m
 
 
-@pytest.mark.parametrize("count", [64, 2**15])  # few contests are searched, many have a closed form
+@pytest.mark.parametrize("count", [64, 2**15])  # few rows are searched, many have a closed form
 @pytest.mark.parametrize(("debias", "anchored"), [(0.0, False), (1.0, False), (1.0, True)])
-def test_contests_are_segments_with_the_same_budget(count, debias, anchored):
+def test_rows_of_m_are_segments_with_the_same_budget(count, debias, anchored):
     torch.manual_seed(0)
     norms = torch.rand(10 + count)
     budgets = torch.tensor([4.0, 2.0])
-    segments = Segments.of_contests([10, count], [None, 4])
+    segments = Segments.n_of_m([10, count], [None, 4])
     steps = torch.tensor([0.1, 0.3])
     settings = {"debias": debias, "anchored": anchored}
     together = prox_multipliers(norms, steps, budgets, segments=segments, **settings)
@@ -117,5 +117,5 @@ def test_layers_that_do_not_divide():
 def test_no_common_budget():
     with pytest.raises(ValueError, match=r"scope must be 'layer' with grouping '2:4' \(layer ''"):
         group_parameters(nn.Linear(8, 4), "2:4", scope="global")
-    with pytest.raises(ValueError, match="contest of layer '' must divide its 32 groups, which"):
+    with pytest.raises(ValueError, match="m of layer '' must divide its 32 groups, which"):
         group_parameters(nn.Linear(8, 4), "2:4", costs="params")

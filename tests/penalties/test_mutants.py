@@ -224,13 +224,13 @@ FAULTS += [
     ),
     Fault(
         "padding of weights and costs is zero",
-        "return None if values is None else piece.matrix(values, pad_with_lowest=True)",
-        "return None if values is None else piece.matrix(values)",
+        "return None if values is None else bucket.matrix(values, pad_with_lowest=True)",
+        "return None if values is None else bucket.matrix(values)",
         check_prox,
     ),
     Fault(
         "values of segments in the order of matrices",
-        "result[piece.segments] = values",
+        "result[bucket.segments] = values",
         "result[: len(values)] = values",
         check_alone,
     ),

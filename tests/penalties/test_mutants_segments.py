@@ -133,20 +133,20 @@ SEGMENTS = [
     ),
     Fault(
         "unsorted labels are not put in order",
-        "order if piece.groups is None else",
-        "piece.groups if piece.groups is None else",
+        "order if bucket.groups is None else",
+        "bucket.groups if bucket.groups is None else",
         check_prox,
     ),
     Fault(
         "unsorted labels are not put in order: conjugate",
-        "order if piece.groups is None else",
-        "piece.groups if piece.groups is None else",
+        "order if bucket.groups is None else",
+        "bucket.groups if bucket.groups is None else",
         check_conjugate,
     ),
     Fault(
         "unsorted labels are not put in order: very different sizes",
-        "order[piece.groups]",
-        "piece.groups",
+        "order[bucket.groups]",
+        "bucket.groups",
         check_alone,
     ),
     Fault(
@@ -163,7 +163,7 @@ SEGMENTS = [
     ),
     Fault(
         "totals in the order of matrices",
-        "totals[piece.segments] = sums",
+        "totals[bucket.segments] = sums",
         "totals[: len(sums)] = sums",
         check_segments,
     ),

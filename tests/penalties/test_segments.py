@@ -54,13 +54,13 @@ def check_rows(segments, labels, sizes):
     members = np.split(np.argsort(labels, kind="stable"), np.cumsum(sizes)[:-1])
     numbers = 10.0 + torch.arange(len(sizes))
     found = []
-    for piece in segments.pieces:
-        matrix = piece.matrix(tensor(values))
-        assert matrix.shape == (piece.rows, piece.width)
-        if not piece.rows or not piece.width:
+    for bucket in segments.buckets:
+        matrix = bucket.matrix(tensor(values))
+        assert matrix.shape == (bucket.rows, bucket.width)
+        if not bucket.rows or not bucket.width:
             continue
-        padded = piece.matrix(tensor(values), pad_with_lowest=True).numpy()
-        own = (piece.column(numbers).view(-1) - 10).int().tolist()
+        padded = bucket.matrix(tensor(values), pad_with_lowest=True).numpy()
+        own = (bucket.column(numbers).view(-1) - 10).int().tolist()
         lowest = min(values[members[number]].min() for number in own if sizes[number])
         for row, number in enumerate(own):
             want, size = values[members[number]], sizes[number]
@@ -77,9 +77,9 @@ def check_rows(segments, labels, sizes):
 def check_there_and_back(segments, labels, sizes):
     """Vectors over groups and segments come back as they were."""
     values = tensor(np.random.default_rng(3).normal(size=len(labels)))
-    result = values if not segments.pieces else None
-    for piece in segments.pieces:
-        result = piece.place(piece.matrix(values), result, segments.size)
+    result = values if not segments.buckets else None
+    for bucket in segments.buckets:
+        result = bucket.place(bucket.matrix(values), result, segments.size)
     np.testing.assert_array_equal(result, values)
     np.testing.assert_array_equal(segments.labels(), labels)
     numbers = tensor(10.0 + np.arange(len(sizes)))
@@ -111,19 +111,19 @@ def test_padding_is_bounded(name):
     """At most as many entries again as there are groups, but for what is small anyway."""
     sizes = (SIZES | HUGE)[name]
     laid_out = Segments.of_sizes(sizes)
-    assert sum(piece.rows * piece.width for piece in laid_out.pieces) <= max(2**16, 2 * sum(sizes))
-    alone = [piece for piece in laid_out.pieces if piece.width >= LARGE]
-    assert all(piece.rows == 1 and piece.positions is None for piece in alone)
+    assert sum(x.rows * x.width for x in laid_out.buckets) <= max(2**16, 2 * sum(sizes))
+    alone = [bucket for bucket in laid_out.buckets if bucket.width >= LARGE]
+    assert all(bucket.rows == 1 and bucket.positions is None for bucket in alone)
 
 
 def test_as_few_matrices_as_there_are_magnitudes():
-    pieces = Segments.of_sizes(SIZES["very different"]).pieces
-    assert sorted((piece.rows, piece.width) for piece in pieces if piece.width) == [
+    buckets = Segments.of_sizes(SIZES["very different"]).buckets
+    assert sorted((bucket.rows, bucket.width) for bucket in buckets if bucket.width) == [
         (1, 1000),
         (2, 70),
         (301, 3),
     ]
-    assert [(x.rows, x.width) for x in Segments.of_sizes([3] * 5 + [4]).pieces] == [(6, 4)]
+    assert [(x.rows, x.width) for x in Segments.of_sizes([3] * 5 + [4]).buckets] == [(6, 4)]
 
 
 def test_segments_that_labels_do_not_name():
@@ -145,7 +145,7 @@ def test_dtypes_of_labels(dtype):
 
 def test_the_device_of_labels_is_kept():
     laid_out = Segments.of_sizes([70_000, 0, 2, 3], "meta")
-    assert {piece.segments.device.type for piece in laid_out.pieces} == {"meta"}
+    assert {bucket.segments.device.type for bucket in laid_out.buckets} == {"meta"}
     assert laid_out.spread(torch.ones(4, device="meta")).shape == (70_005,)
 
 
@@ -178,10 +178,10 @@ def test_blocks_of_a_length(length):
     assert (laid_out.size, laid_out.count) == (20, 20 // length)
     assert laid_out.labels().tolist() == (torch.arange(20) // length).tolist()
     values = torch.randn(20)
-    (piece,) = laid_out.pieces
-    matrix = piece.matrix(values)
+    (bucket,) = laid_out.buckets
+    matrix = bucket.matrix(values)
     assert matrix.data_ptr() == values.data_ptr()  # nothing is copied
-    assert torch.equal(piece.place(matrix, None, 20), values)
+    assert torch.equal(bucket.place(matrix, None, 20), values)
 
 
 def test_segments_are_taken_as_they_are():

@@ -151,7 +151,7 @@ def check_budgets(
     for name, was in live.items():
         assert not bool((masks[name] & ~was).any())
         assert not exact or bool(masks[name].any()) == bool(was.any())
-    parts = [(x.budget, x.costs, x.contest or x.count, [x.name]) for x in groups.layers]
+    parts = [(x.budget, x.costs, x.m or x.count, [x.name]) for x in groups.layers]
     if groups.is_global:
         parts = [(float(groups.budgets), groups.costs, len(groups), list(live))]
     for budget, costs, row, names in parts:

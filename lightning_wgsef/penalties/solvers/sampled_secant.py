@@ -1,6 +1,6 @@
 r"""One segment of millions of groups, such as single weights: linear time, little memory.
 
-What `budgets` does with whole matrices in float64 is done here in blocks that stay in the cache,
+What `budgets` does with whole matrices in float64 is done here in chunks that stay in the cache,
 with the arithmetic that is fast there: products, bounds and sums, hardly a comparison. The root is
 first bracketed by a sample: the solution for the sample with a little less and a little more than
 its share of the budget. Secants over all groups then find it, which for so many of them is as good
@@ -23,7 +23,7 @@ from lightning_wgsef.penalties.solvers.root_finding import root_of_budget
 FULL_STEP_SLACK = 6e-8
 """debias * step counts as 1 within the rounding of float32 arguments."""
 
-_BLOCK = 2**17
+_CHUNK = 2**17
 
 _DEVIATIONS = 5.0
 
@@ -68,9 +68,9 @@ def _shrunk(norms: Tensor, step: float, k: float, debias: float, anchored: bool)
     enters = step / root
     whole = torch.tensor(enters, dtype=norms.dtype).item()
     result = torch.empty_like(norms)
-    for block, out in zip(torch.split(norms, _BLOCK), torch.split(result, _BLOCK), strict=True):
+    for chunk, out in zip(torch.split(norms, _CHUNK), torch.split(result, _CHUNK), strict=True):
         # In two parts: what remains near to where shares begin loses nothing in float32.
-        torch.sub(block, whole, out=out).sub_(enters - whole)
+        torch.sub(chunk, whole, out=out).sub_(enters - whole)
         shares = out.mul_(root / width).clamp_(0, 1)
         denominators = shares.mul(1 - debias * step).add_(step)
         shares.div_(denominators)
@@ -87,15 +87,15 @@ def projection(norms: Tensor, k: float) -> Tensor:
     """
     count = math.floor(k)
     least = kth_largest(norms, count) if count else math.inf
-    room = count - sum(int((block > least).count_nonzero()) for block in torch.split(norms, _BLOCK))
+    room = count - sum(int((chunk > least).count_nonzero()) for chunk in torch.split(norms, _CHUNK))
     result = torch.empty_like(norms)
-    for block, out in zip(torch.split(norms, _BLOCK), torch.split(result, _BLOCK), strict=True):
-        level = (block == least) & (block > 0)
+    for chunk, out in zip(torch.split(norms, _CHUNK), torch.split(result, _CHUNK), strict=True):
+        level = (chunk == least) & (chunk > 0)
         found = int(level.count_nonzero())
         if room < found:
             level &= level.cumsum(0) <= room
         room -= min(room, found)
-        out.copy_(level.logical_or_(block > least))
+        out.copy_(level.logical_or_(chunk > least))
     return result
 
 
@@ -112,9 +112,9 @@ def kth_largest(norms: Tensor, k: int) -> float:
     high = sample[math.floor(first)].item() if first >= 0 else math.inf
     low = sample[math.ceil(last)].item() if last < len(sample) else -math.inf
     above, between = 0, []
-    for block in torch.split(norms, _BLOCK):
-        above += int((block > high).count_nonzero())
-        between.append(block[(block <= high) & (block >= low)])
+    for chunk in torch.split(norms, _CHUNK):
+        above += int((chunk > high).count_nonzero())
+        between.append(chunk[(chunk <= high) & (chunk >= low)])
     doubtful = torch.cat(between)
     if 0 < k - above <= len(doubtful):
         return float(doubtful.sort(descending=True).values[k - above - 1])
@@ -164,10 +164,10 @@ def _secant(excess: dict[float, float]) -> float:
 
 def _spent(norms: Tensor, root: float, step: float, width: float) -> float:
     """What the shares at ``root`` cost."""
-    wide = torch.empty(min(_BLOCK, len(norms)), dtype=torch.float64)
+    wide = torch.empty(min(_CHUNK, len(norms)), dtype=torch.float64)
     total = 0.0
-    for block in torch.split(norms, _BLOCK):
-        shares = wide[: len(block)].copy_(block)
+    for chunk in torch.split(norms, _CHUNK):
+        shares = wide[: len(chunk)].copy_(chunk)
         shares.mul_(root / width).sub_(step / width).clamp_(0, 1)
         total += float(shares.sum())
     return total

@@ -10,7 +10,7 @@ well gives the least over s of "s groups at 1, the rest cut below only". All are
           \frac{(K - s)\, d + (e - s)\, t}{a_{s+1} + \dots + a_e}
 
 (an e below K would leave groups at 1 that s counts already). The norms of a segment are brought
-into order by a sorting network. Everything runs on rows of blocks that stay in the cache.
+into order by a sorting network. Everything runs on rows of chunks that stay in the cache.
 
 Unit weights and costs, a whole K, all segments alike. In float32 a multiplier is off by up to
 about 1e-6 of 1, since u is a difference.
@@ -29,7 +29,7 @@ LONGEST = 16
 MANY = 2**12
 """From so many segments on this pays."""
 
-_BLOCK = 2**18
+_CHUNK = 2**18
 
 _STEEP = 4.0
 """Above this ratio of t to d float32 would lose more than that."""
@@ -51,7 +51,7 @@ def multipliers(norms: Tensor, step: float, k: int, *, debias: float, anchored: 
     most = 1 / (1 + step * (1 - debias))
     result = torch.empty_like(norms)
     dtype = torch.float64 if step / width > _STEEP else norms.dtype
-    for some, out in _blocks(norms, result, dtype):
+    for some, out in _chunks(norms, result, dtype):
         ordered = _in_order(some)
         # 1 / rho, which is 0 where no more groups are live than fit.
         way = torch.maximum(_inverse_root(ordered, step, width, k), ordered[0] * _SHORTEST)
@@ -123,11 +123,11 @@ def _network(count: int) -> Iterator[tuple[int, int]]:
         size *= 2
 
 
-def _blocks(
+def _chunks(
     norms: Tensor, result: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
     """Column by column, contiguous, some segments at a time; and where the results go."""
-    segments = max(1, _BLOCK // norms.shape[1])
+    segments = max(1, _CHUNK // norms.shape[1])
     some, out = torch.split(norms, segments), torch.split(result, segments)
     for rows, results in zip(some, out, strict=True):
         columns = [column.to(dtype).contiguous() for column in rows.unbind(1)]
