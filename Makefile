@@ -11,7 +11,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check bench crash fuzz browser lenet comparison bench-cpu oto-environment clean
+.PHONY: demo test lint check docs bench crash fuzz browser lenet comparison bench-cpu oto-environment clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -26,6 +26,10 @@ lint: .venv/installed
 
 check: .venv/installed
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+
+docs: .venv/installed  ## A site of README, guides and reference in site/; no broken link or name.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file examples/guides/mkdocs.yml
+	@echo "site/index.html; with its search: $(BIN)/python -m http.server --directory site"
 
 # BENCH="-k elements": only some of them, and the table goes to .benchmarks/.
 bench: .venv/installed  ## Ratios to floors measured in the same run: tests/benchmarks/results.
@@ -69,7 +73,7 @@ comparison: .venv/installed  ## Hours: what examples/results was made with. Rest
 	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison batchnorm --data-dir $(CIFAR)
 
 clean:
-	rm -rf .venv .venv-oto .benchmarks .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf .venv .venv-oto .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

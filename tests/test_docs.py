@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import re
+import runpy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -180,6 +182,60 @@ def test_every_public_name_is_in_the_reference() -> None:
     text = (GUIDES / "reference.md").read_text("utf-8")
     named = re.findall(r"^::: lightning_wgsef\.(\w+)$", text, flags=re.MULTILINE)
     assert sorted(named) == sorted(lightning_wgsef.__all__)
+
+
+def docstrings() -> list[str]:
+    """Of everything public, and of its methods."""
+    public = [getattr(lightning_wgsef, name) for name in lightning_wgsef.__all__]
+    methods = [inspect.getmembers(x, inspect.isfunction) for x in public if inspect.isclass(x)]
+    functions = [function for found in methods for _, function in found]
+    return [inspect.getdoc(x) or "" for x in [*public, *functions]]
+
+
+def as_markdown(text: str) -> str:
+    pytest.importorskip("griffe")  # of the extra "docs"
+    return str(runpy.run_path(str(GUIDES / "site" / "docstrings.py"))["as_markdown"](text))
+
+
+def test_docstrings_are_rewritten_for_the_site() -> None:
+    written = """See `Homotopy`, `tau` and ``k``, :math:`u_j
+    \\le 1`.
+
+    .. math:: a +
+              b
+
+    >>> 1
+    1
+    """
+    shown = """See [`Homotopy`][lightning_wgsef.Homotopy], `tau` and ``k``, $u_j \\le 1$.
+
+    $$a + b$$
+
+    ```pycon
+    >>> 1
+    1
+    ```
+    """
+    assert as_markdown(inspect.cleandoc(written)) == inspect.cleandoc(shown)
+
+
+def test_every_formula_can_be_drawn() -> None:
+    converter = pytest.importorskip("math_core").LatexToMathML()
+    texts = [(GUIDES / "method.md").read_text("utf-8"), *map(as_markdown, docstrings())]
+    text = re.sub(r"```.*?```|``.*?``|`.*?`", "", "\n\n".join(texts), flags=re.DOTALL)
+    assert "math:" not in text
+    formulas = re.findall(r"\$\$(.+?)\$\$|\$(.+?)\$", text, flags=re.DOTALL)
+    assert len(formulas) >= 80
+    for displayed, inline in formulas:
+        assert "<math" in converter.convert_with_local_state(
+            displayed or inline, displaystyle=bool(displayed)
+        )
+
+
+def test_guides_are_in_the_menu_of_the_site() -> None:
+    menu = (GUIDES / "mkdocs.yml").read_text("utf-8")
+    missing = [guide.name for guide in GUIDES.glob("*.md") if f"guides/{guide.name}" not in menu]
+    assert missing == []
 
 
 def test_ci_runs_the_readmes_test_command() -> None:
