@@ -1,10 +1,11 @@
-"""Saved states are checked before anything in them is used: a checkpoint may come from anywhere."""
+"""State of pruners: what a checkpoint holds, checked before anything of it is used."""
 
 from __future__ import annotations
 
 import reprlib
 from collections.abc import Mapping
-from typing import Any, NoReturn
+from operator import attrgetter
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -16,20 +17,75 @@ _LARGEST = 2**63 - 1
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
-_SHARES = ("remainder", "shares")
-
-_POSITIVE = ("weights", "costs", "budgets")
-"""None where they are None in this run, and only there."""
-
-_TENSORS = ("alive", "start_norms", *_SHARES, *_POSITIVE)
-
-_ROUNDING = 1e-3
+_SIGNS = {
+    "positive": lambda x: x > 0,
+    "at least 0": lambda x: x >= 0,
+    "at least 0 and at most 1": lambda x: (x >= 0) & (x <= 1 + 1e-3),  # up to rounding
+}
 
 
-def parts_of(
+class Entry(NamedTuple):
+    """One value of the state of a pruner.
+
+    Attributes:
+        place: the attribute of the pruner that holds it.
+        kind: "steps", "flag", or the numbers of a tensor, "bool" or "float".
+        per: what a tensor has an entry for: every "group", "layer" or "segment"; with "mask" it is
+            a dict of tensors, one for every layer, that have one for every group.
+        sign: of a tensor's numbers.
+        given: a tensor that depends on the arguments is None where it is None in this run; others
+            are None until there is something to note.
+    """
+
+    place: str
+    kind: str
+    per: str = ""
+    sign: str = ""
+    given: bool = False
+
+
+ENTRIES = {
+    "taken": Entry("taken", "steps"),
+    "masks": Entry("masks", "bool", "mask"),
+    "start_norms": Entry("start_norms", "float", "layer", "at least 0"),
+    "unchanged": Entry("freeze_rule.unchanged", "steps"),
+    "alive": Entry("freeze_rule.alive", "bool", "group"),
+    "collapse_reported": Entry("collapse_reported", "flag"),
+    "remainder": Entry("step.remainder", "float", "group", "at least 0 and at most 1"),
+    "shares": Entry("step.shares", "float", "group", "at least 0 and at most 1"),
+    "weights": Entry("groups.weights", "float", "group", "positive", given=True),
+    "costs": Entry("groups.costs", "float", "group", "positive", given=True),
+    "budgets": Entry("groups.budgets", "float", "segment", "positive", given=True),
+}
+
+
+def pruner_state(pruner: object, groups: Groups, total_steps: int | None) -> dict[str, Any]:
+    """Return everything that a resumed run needs, in plain types and tensors."""
+    layers = {layer.name: layer.count for layer in groups.layers}
+    entries = {name: attrgetter(entry.place)(pruner) for name, entry in ENTRIES.items()}
+    if entries["masks"] is not None:  # views of one tensor
+        entries["masks"] = {name: mask.clone() for name, mask in entries["masks"].items()}
+    return {"layers": layers, "total_steps": total_steps, **entries}
+
+
+def restore(pruner: object, state: Mapping[str, Any], device: torch.device) -> None:
+    """Put the entries of a checked state where the pruner holds them, on ``device``."""
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: moved(part) for name, part in value.items()}
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    for name, entry in ENTRIES.items():
+        *owners, attribute = entry.place.split(".")
+        owner = attrgetter(owners[0])(pruner) if owners else pruner
+        setattr(owner, attribute, moved(state[name]))
+
+
+def pruner_states(
     state: object, counts: Mapping[str, int], optimizers: Mapping[str, Optimizer]
 ) -> list[Mapping[str, Any]]:
-    """The saved states of the attachments, with ``layers`` and ``total_steps`` that can be used.
+    """Return the states of the pruners, with ``layers`` and ``total_steps`` that can be used.
 
     Args:
         state: what a checkpoint holds for the state of `WGSEF`.
@@ -39,7 +95,7 @@ def parts_of(
     Raises:
         ValueError: something else than a state, or one of other layers, groups or optimizers.
 
-    >>> parts_of({"attachments": 3}, {}, {})
+    >>> pruner_states({"attachments": 3}, {}, {})
     Traceback (most recent call last):
     ...
     ValueError: the saved state is damaged: attachments must be a list, got 3
@@ -84,11 +140,11 @@ def parts_of(
 
 
 def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Groups) -> None:
-    """Raise `ValueError` unless a saved state of an attachment can be used for ``groups``.
+    """Raise `ValueError` unless a saved state of a pruner can be used for ``groups``.
 
     Args:
         saved: the state.
-        like: the state that such an attachment has now.
+        like: the state that such a pruner has now.
         groups: its groups.
     """
     missing, foreign = like.keys() - saved.keys(), saved.keys() - like.keys()
@@ -98,45 +154,39 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
             f"not known {sorted(map(reprlib.repr, foreign))}; resume with the version that wrote "
             "it, or start without it"
         )
-    for name in ("taken", "unchanged"):
-        if not _is_count(saved[name]):
-            _refuse(name, "a number of steps", saved[name])
-    if not isinstance(saved["collapse_reported"], bool):
-        _refuse("collapse_reported", "True or False", saved["collapse_reported"])
-    shapes = {"start_norms": (len(groups.layers),), "budgets": tuple(groups.budgets.shape)}
-    for name in _TENSORS:
-        if name in _POSITIVE and (saved[name] is None) != (like[name] is None):
-            _refuse(name, "None as in this run" if like[name] is None else "a tensor", saved[name])
-        if saved[name] is not None:
-            _check_tensor(name, saved[name], shapes.get(name, (len(groups),)))
-    masks = saved["masks"]
-    if masks is None:
-        return
-    counts = {layer.name: layer.count for layer in groups.layers}
-    if not isinstance(masks, Mapping) or masks.keys() != counts.keys():
-        _refuse("masks", f"None or a dict of masks of {list(counts)}", masks)
-    for name, mask in masks.items():
-        _check_tensor(f"masks[{name!r}]", mask, (counts[name],))
+    sizes = {"group": len(groups), "layer": len(groups.layers), "segment": len(groups.budgets)}
+    for name, entry in ENTRIES.items():
+        value = saved[name]
+        if entry.kind == "steps":
+            if not _is_count(value):
+                _refuse(name, "a number of steps", value)
+        elif entry.kind == "flag":
+            if not isinstance(value, bool):
+                _refuse(name, "True or False", value)
+        elif value is None or (entry.given and like[name] is None):
+            if entry.given and value is not like[name]:
+                _refuse(name, "None as in this run" if like[name] is None else "a tensor", value)
+        elif entry.per == "mask":
+            counts = {layer.name: layer.count for layer in groups.layers}
+            if not isinstance(value, Mapping) or value.keys() != counts.keys():
+                _refuse(name, f"None or a dict of masks of {list(counts)}", value)
+            for layer, mask in value.items():
+                _check_tensor(f"{name}[{layer!r}]", mask, counts[layer], entry)
+        else:
+            _check_tensor(name, value, sizes[entry.per], entry)
 
 
-def _check_tensor(name: str, value: object, shape: tuple[int, ...]) -> None:
-    boolean = name == "alive" or name.startswith("masks")
-    wanted = f"a {'boolean' if boolean else 'float'} tensor of shape {shape}"
-    if not isinstance(value, Tensor) or tuple(value.shape) != shape:
+def _check_tensor(name: str, value: object, size: int, entry: Entry) -> None:
+    boolean = entry.kind == "bool"
+    wanted = f"a {'boolean' if boolean else 'float'} tensor of shape ({size},)"
+    if not isinstance(value, Tensor) or tuple(value.shape) != (size,):
         _refuse(name, wanted, value)
     if value.dtype not in ((torch.bool,) if boolean else _FLOATS):
         _refuse(name, wanted, value)
     if value.layout != torch.strided or value.is_meta:
         _refuse(name, f"{wanted}, dense and with data", value)
-    if boolean:
-        return
-    within = torch.isfinite(value) & (value > 0 if name in _POSITIVE else value >= 0)
-    if name in _SHARES:
-        within &= value <= 1 + _ROUNDING
-    if not bool(within.all()):
-        sign = "positive" if name in _POSITIVE else "at least 0"
-        most = " and at most 1" if name in _SHARES else ""
-        raise ValueError(f"the saved state is damaged: {name} must be finite, {sign}{most}")
+    if entry.sign and not bool((torch.isfinite(value) & _SIGNS[entry.sign](value)).all()):
+        raise ValueError(f"the saved state is damaged: {name} must be finite, {entry.sign}")
 
 
 def _is_count(value: object) -> bool:

@@ -1,14 +1,84 @@
-"""When the mask is fixed: at a step, at a share of training, or once it has converged."""
+"""Freeze rule: the mask is fixed at a step, at a share of training, or once it has converged."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from numbers import Real
 
 import torch
 from torch import Tensor
 
-from lightning_wgsef.training.schedules import check_length
+from lightning_wgsef.training.schedules import Schedule, check_length, in_steps
+
+# Converged: for so many checks in a row the same groups were alive, with a sparsity gap of at most
+# this share of the value in every layer.
+PATIENCE = 4
+TOLERANCE = 1e-6
+
+# Share of training at which a mask that has not converged is fixed: the budget is a promise.
+LATEST = 0.75
+
+
+class FreezeRule:
+    """When the mask of the groups of one optimizer is fixed.
+
+    Args:
+        freeze: "converged", a number of steps (int), a share of training (float), or None (never).
+            "converged" is the last step of a homotopy; with other schedules it is when the live
+            groups no longer change within the budget, at three quarters of training at the latest.
+        schedule: step sizes over training.
+        total_steps: how many steps training lasts, if known.
+
+    Attributes:
+        waits: can `update` find that the mask has converged?
+        unchanged: for how many checks in a row the live groups have been the same.
+        alive: the live groups of the last check, shape (m,).
+
+    >>> from lightning_wgsef.training.schedules import Constant
+    >>> rule = FreezeRule("converged", Constant(0.1), total_steps=400)
+    >>> [rule.due(taken) for taken in (298, 299)]
+    [False, True]
+    >>> alive, within = torch.tensor([True, False]), torch.tensor([0.0])
+    >>> [rule.update(alive, within, torch.tensor([1.0])) for _ in range(5)]
+    [False, False, False, False, True]
+    """
+
+    def __init__(
+        self, freeze: str | int | float | None, schedule: Schedule, total_steps: int | None
+    ) -> None:
+        self.freeze = freeze
+        self.schedule = schedule
+        self.total_steps = total_steps
+        self.waits = freeze == "converged" and not schedule.homotopy
+        self.unchanged = 0
+        self.alive: Tensor | None = None
+
+    @property
+    def step(self) -> int | None:
+        """The step after which the mask is fixed at the latest; None where none is named.
+
+        Raises:
+            ValueError: a share of training of unknown length.
+        """
+        if self.freeze is None or (self.waits and self.total_steps is None):
+            return None
+        if self.waits:
+            return in_steps("freeze", LATEST, self.total_steps)
+        if isinstance(self.freeze, str):
+            return self.schedule.steps(self.total_steps)
+        return in_steps("freeze", self.freeze, self.total_steps)
+
+    def due(self, taken: int) -> bool:
+        """Return whether the step that follows ``taken`` steps fixes the mask."""
+        step = self.step
+        return step is not None and taken + 1 >= step
+
+    def update(self, alive: Tensor, gap: Tensor, value: Tensor) -> bool:
+        """Record the live groups, shape (m,), gap and value, shape (S,); return: converged?"""
+        settled = bool((gap <= TOLERANCE * value).all())
+        same = self.alive is not None and torch.equal(alive, self.alive)
+        self.unchanged = self.unchanged + 1 if settled and same else 0
+        self.alive = alive
+        return self.unchanged >= PATIENCE
 
 
 def check_freeze(freeze: object) -> None:
@@ -20,31 +90,3 @@ def check_freeze(freeze: object) -> None:
             "freeze must be 'converged', a number of steps (int), a share of training (float in "
             f"(0, 1]) or None, got {freeze!r}"
         )
-
-
-@dataclass
-class Convergence:
-    """Has the set of live groups settled within the budget?
-
-    Converged: the sparsity gap is at most ``tolerance`` of the value in every layer and the set of
-    live groups has been the same for ``patience`` looks in a row.
-    """
-
-    tolerance: float = 1e-6
-    patience: int = 4
-    unchanged: int = 0
-    alive: Tensor | None = None
-
-    def update(self, alive: Tensor, gap: Tensor, value: Tensor) -> bool:
-        """Record a look at the live groups, shape (m,), gap and value, shape (S,); converged?
-
-        >>> convergence, within = Convergence(patience=2), torch.tensor([0.0])
-        >>> alive = torch.tensor([True, False])
-        >>> [convergence.update(alive, within, torch.tensor([1.0])) for _ in range(3)]
-        [False, False, True]
-        """
-        settled = bool((gap <= self.tolerance * value).all())
-        same = self.alive is not None and torch.equal(alive, self.alive)
-        self.unchanged = self.unchanged + 1 if settled and same else 0
-        self.alive = alive
-        return self.unchanged >= self.patience

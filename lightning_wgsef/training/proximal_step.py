@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,8 +94,8 @@ class ProximalStep:
         self.size: float | Tensor = 0.0
         self._owner = self._param_groups_of_layers()
         self._resolution = self._lowest_resolution()
-        self._remainder: Tensor | None = None  # factors that were too near to 1 to be applied
-        self._shares: Tensor | None = None
+        self.remainder: Tensor | None = None  # factors that were too near to 1 to be applied
+        self.shares: Tensor | None = None
         self._metric: GroupPreconditioner | None = None
         self._exact = metric == "auto" and not schedule.homotopy
         if metric != "identity" and (adapter := preconditioner(optimizer)) is not None:
@@ -123,7 +121,7 @@ class ProximalStep:
             norms = self.groups.norms() * metric.means().sqrt()
         else:
             norms = metric.norms()
-        return norms if self._remainder is None else norms * self._remainder
+        return norms if self.remainder is None else norms * self.remainder
 
     def take(self, norms: Tensor, taken: int, budgets: Tensor, allowed: Tensor | None) -> None:
         """Step, with the norms that `norms` gave.
@@ -148,17 +146,17 @@ class ProximalStep:
     def scale_(self, factors: Tensor) -> None:
         """Multiply every group by its factor; what low precision would lose is kept for later."""
         if self._resolution:
-            remainder = factors if self._remainder is None else factors * self._remainder
+            remainder = factors if self.remainder is None else factors * self.remainder
             due = remainder <= 1 - self._resolution
             factors = torch.where(due, remainder, 1)
-            self._remainder = torch.where(due, 1, remainder)
+            self.remainder = torch.where(due, 1, remainder)
         self.groups.scale_(factors)
 
     def settle(self) -> None:
         """Apply what was kept for later, as well as the precision allows."""
-        if self._remainder is not None:
-            self.groups.scale_(self._remainder)
-            self._remainder = None
+        if self.remainder is not None:
+            self.groups.scale_(self.remainder)
+            self.remainder = None
 
     def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
         """The projection onto the budgets: is a group kept? Booleans, shape (m,)."""
@@ -173,17 +171,6 @@ class ProximalStep:
             debias=1.0,
         )
         return (scope.with_kept(factors, 1.0) > 0) & (norms > 0)
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs."""
-        return {"remainder": self._remainder, "shares": self._shares}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`."""
-        device = self.groups.device
-        remainder, shares = state["remainder"], state["shares"]
-        self._remainder = None if remainder is None else remainder.to(device)
-        self._shares = None if shares is None else shares.to(device)
 
     def _factors(self, scope: Scope) -> Tensor:
         groups, norms, budgets = self.groups, scope.norms, scope.budgets
@@ -236,15 +223,15 @@ class ProximalStep:
         self, metric: GroupPreconditioner, norms: Tensor, budgets: Tensor, allowed: Tensor | None
     ) -> None:
         thresholds = self._thresholds(norms)
-        self._shares = metric_shares(
+        self.shares = metric_shares(
             Problem(norms, budgets, **self.groups.competition),
             lambda shares: metric.sums(shares, thresholds, self.debias),
-            torch.ones_like(thresholds) if self._shares is None else self._shares,
+            torch.ones_like(thresholds) if self.shares is None else self.shares,
             thresholds,
             tolerance=_SHARE_TOLERANCE,
             rounds=_TANGENTS,
         )
-        metric.scale_(self._shares, thresholds, self.debias, allowed)
+        metric.scale_(self.shares, thresholds, self.debias, allowed)
 
     def _thresholds(self, norms: Tensor) -> Tensor:
         """The step size times the weight of every group, shape (m,), float64."""

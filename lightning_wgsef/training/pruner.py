@@ -3,69 +3,26 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
-from lightning_wgsef.training.checkpointing import check_state
-from lightning_wgsef.training.freezing import Convergence
+from lightning_wgsef.training.checkpointing import check_state, pruner_state, restore
+from lightning_wgsef.training.freezing import FreezeRule
 from lightning_wgsef.training.half_space import HalfSpace, inside_half_space
 from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments
 from lightning_wgsef.training.proximal_step import ProximalStep
-from lightning_wgsef.training.schedules import CubicRamp, Schedule, in_steps
+from lightning_wgsef.training.schedules import CubicRamp, in_steps
 from lightning_wgsef.training.scope import value_and_gap
-
-
-def warn_of_cut(cut: Mapping[str, int], taken: int, penalty: Penalty, schedule: Schedule) -> None:
-    """Say how many groups of every layer were cut to keep the budget, if any."""
-    if any(cut.values()):
-        homotopy = _with_budget(penalty, ", lam=Homotopy(), which arrives without a jump,")
-        warnings.warn(
-            f"lam = {schedule} had not reached the budget by step {taken}, three quarters of "
-            f"training: the weakest groups were cut to keep it {dict(cut)}. Try a larger lam"
-            f"{homotopy} or an earlier freeze=",
-            stacklevel=3,
-        )
-
-
-def warn_of_collapse(names: Sequence[str], penalty: Penalty, schedule: Schedule) -> None:
-    """Say which layers fade as a whole."""
-    others = _with_budget(penalty, ", debias=1.0 or lam=Homotopy()")
-    warnings.warn(
-        f"all groups of {', '.join(names)} have faded to less than a thousandth of their norm at "
-        f"the start under lam = {schedule}: nothing holds them up against the penalty (common "
-        f"behind a norm). Try a smaller lam{others}",
-        stacklevel=3,
-    )
-
-
-def warn_of_other_budget(asked: float, saved: float) -> None:
-    """Say that a run that is resumed keeps the budgets that it had."""
-    warnings.warn(
-        f"k stands for {asked:g} groups now, but the saved run goes on with its own {saved:g}. For "
-        "another k start a new fit from the checkpoint's weights, without ckpt_path",
-        stacklevel=3,
-    )
-
-
-def _with_budget(penalty: Penalty, advice: str) -> str:
-    """Advice that the group lasso, which knows no budget, cannot follow."""
-    return advice if isinstance(penalty, Envelope) else ""
-
 
 # Steps between two checks that need numbers on the host: convergence, collapse, finite weights.
 CHECK_EVERY = 50
 
-_LATEST = 0.75
-"""Share of training at which a mask that has not converged is fixed: the budget is a promise."""
-
+# Share of its norm at the start at which a layer has collapsed.
 _COLLAPSED = 1e-3
-
-_MEASURED = ("weights", "costs", "budgets")
 
 
 class Pruner:
@@ -97,25 +54,24 @@ class Pruner:
         self.total_steps = step.total_steps
         self.taken = 0
         self.masks = masks
-        self._waits = freeze == "converged" and not step.schedule.homotopy
-        self._freeze_at: int | None = None
+        self.freeze_rule = FreezeRule(freeze, step.schedule, step.total_steps)
+        self.start_norms: Tensor | None = None
+        self.collapse_reported = False
         self._ramp = ramp
         self._half_space = half_space
         self._half_space_from = 0
         self._before: dict[str, Tensor] = {}
         self._alive: Tensor | None = None
-        self._convergence = Convergence()
-        self._start_norms: Tensor | None = None
-        self._collapse_reported = False
         self._all_finite: Tensor | None = None
         if masks is not None:
             apply_masks(self.groups, masks)
             return
-        step.schedule.steps(self.total_steps)  # an unknown length is an error now, not in the run
+        # An unknown length of training is an error now, not in the run.
+        step.schedule.steps(self.total_steps)
         self.budgets()
         if half_space is not None:
             self._half_space_from = in_steps("start", half_space.start, self.total_steps)
-        self._freeze_at = self._freeze_step(freeze)
+        self.freeze_rule.due(self.taken)
 
     @property
     def frozen(self) -> bool:
@@ -155,15 +111,12 @@ class Pruner:
             return
         norms = self.step.norms()
         self._guard(norms)
-        if self._start_norms is None:
-            self._start_norms = self._layer_norms(self.groups.norms())
-        if self._freezes_next():
+        if self.start_norms is None:
+            self.start_norms = self._layer_norms(self.groups.norms())
+        if self.freeze_rule.due(self.taken):
             alive = self.step.survivors(norms, self.groups.budgets)
             self.taken += 1
-            if self._alive is not None:
-                parts = self.groups.split(self._alive & ~alive)
-                cut = {name: int(part.sum()) for name, part in parts.items()}
-                warn_of_cut(cut, self.taken, self.step.penalty, self.step.schedule)
+            self._warn_of_cut(alive)
             self.freeze(alive)
             return
         self.step.take(norms, self.taken, self.budgets(), self._allowed())
@@ -174,13 +127,8 @@ class Pruner:
         self.taken += 1
         if self.taken % CHECK_EVERY == 0:
             self._check_progress()
-        if self._waits and self._freezes_next():
+        if self.freeze_rule.waits and self.freeze_rule.due(self.taken):
             self._alive = self.groups.norms() > 0  # the optimizer moves dead groups, too
-
-    def _freezes_next(self) -> bool:
-        return (
-            self.masks is None and self._freeze_at is not None and self.taken + 1 >= self._freeze_at
-        )
 
     def freeze(self, alive: Tensor) -> None:
         """Fix the mask: ``alive`` is a boolean for every group, shape (m,)."""
@@ -206,63 +154,73 @@ class Pruner:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs, in plain types and tensors."""
-        return {
-            "layers": dict(zip(map(_name, self.groups.layers), self.groups.counts, strict=True)),
-            "taken": self.taken,
-            "total_steps": self.total_steps,
-            "masks": None if self.masks is None else {n: m.clone() for n, m in self.masks.items()},
-            "start_norms": self._start_norms,
-            "unchanged": self._convergence.unchanged,
-            "alive": self._convergence.alive,
-            "collapse_reported": self._collapse_reported,
-            **self.step.state_dict(),
-            **{name: getattr(self.groups, name) for name in _MEASURED},
-        }
+        """Return everything that a resumed run needs, in plain types and tensors."""
+        return pruner_state(self, self.groups, self.total_steps)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state_dict`.
+        """Continue from `state_dict`, with the penalty weights and budgets of that run.
 
         Raises:
             ValueError: the state is damaged, or of other groups.
         """
         check_state(state, self.state_dict(), self.groups)
-        device = self.groups.device
         # Costs may have been measured, masks given: then k is not what budgets come from.
         compared = self.groups.costs is None and self.masks is None
-        asked = self.groups.budgets if compared else None
-
-        def here(tensor: Tensor | None) -> Tensor | None:
-            return None if tensor is None else tensor.to(device)
-
-        self.taken = state["taken"]
-        masks = state["masks"]
-        self.masks = None if masks is None else {n: m.to(device) for n, m in masks.items()}
-        self._start_norms = here(state["start_norms"])
-        self._convergence.unchanged = state["unchanged"]
-        self._convergence.alive = here(state["alive"])
-        self._collapse_reported = state["collapse_reported"]
-        self.step.load_state_dict(state)
-        for name in _MEASURED:  # at the start of the run: the weights have changed since then
-            setattr(self.groups, name, here(state[name]))
-        if asked is not None and not torch.equal(asked, self.groups.budgets):
-            warn_of_other_budget(float(asked.sum()), float(self.groups.budgets.sum()))
+        asked = self.groups.budgets
+        restore(self, state, self.groups.device)
+        if compared and not torch.equal(asked, self.groups.budgets):
+            warnings.warn(
+                f"k stands for {float(asked.sum()):g} groups now, but the saved run goes on with "
+                f"its own {float(self.groups.budgets.sum()):g}. For another k start a new fit from "
+                "the checkpoint's weights, without ckpt_path",
+                stacklevel=2,
+            )
 
     def _check_progress(self) -> None:
+        """Find non-finite weights, convergence and collapse; waits for an accelerator."""
         self.check_finite()
         groups, norms = self.groups, self.groups.norms()
-        if self._waits:
-            alive = norms > 0
+        if self.freeze_rule.waits:
             value, gap = value_and_gap(groups, norms, groups.budgets)
-            if self._convergence.update(alive, gap, value):
+            if self.freeze_rule.update(norms > 0, gap, value):
                 # Groups beyond the budget may be too weak to count in the gap.
                 self.freeze(self.step.survivors(self.step.norms(), groups.budgets))
-        if self._start_norms is not None and not self._collapse_reported:
-            fallen = self._layer_norms(norms) < _COLLAPSED * self._start_norms
-            names = [n for n, bad in zip(map(_name, groups.layers), fallen, strict=True) if bad]
-            if names:
-                self._collapse_reported = True
-                warn_of_collapse(names, self.step.penalty, self.step.schedule)
+        self._warn_of_collapse(norms)
+
+    def _warn_of_cut(self, alive: Tensor) -> None:
+        """Say how many groups of every layer the budget cuts that had not faded by themselves."""
+        if self._alive is None:
+            return
+        parts = self.groups.split(self._alive & ~alive)
+        cut = {name: int(part.sum()) for name, part in parts.items()}
+        if any(cut.values()):
+            homotopy = ", lam=Homotopy(), which arrives without a jump," if self._has_budget else ""
+            warnings.warn(
+                f"lam = {self.step.schedule} had not reached the budget by step {self.taken}, "
+                f"three quarters of training: the weakest groups were cut to keep it {cut}. Try a "
+                f"larger lam{homotopy} or an earlier freeze=",
+                stacklevel=2,
+            )
+
+    def _warn_of_collapse(self, norms: Tensor) -> None:
+        """Say once which layers fade as a whole."""
+        if self.start_norms is None or self.collapse_reported:
+            return
+        fallen = self._layer_norms(norms) < _COLLAPSED * self.start_norms
+        names = [x.name for x, bad in zip(self.groups.layers, fallen, strict=True) if bad]
+        if names:
+            self.collapse_reported = True
+            others = ", debias=1.0 or lam=Homotopy()" if self._has_budget else ""
+            warnings.warn(
+                f"all groups of {', '.join(names)} have faded to less than a thousandth of their "
+                f"norm at the start under lam = {self.step.schedule}: nothing holds them up "
+                f"against the penalty (common behind a norm). Try a smaller lam{others}",
+                stacklevel=2,
+            )
+
+    @property
+    def _has_budget(self) -> bool:
+        return isinstance(self.step.penalty, Envelope)  # the group lasso knows none
 
     def _guard(self, norms: Tensor) -> None:
         finite = torch.isfinite(norms).all()
@@ -288,16 +246,3 @@ class Pruner:
     def _layer_norms(self, norms: Tensor) -> Tensor:
         parts = self.groups.split(norms).values()
         return torch.stack([torch.linalg.vector_norm(part) for part in parts])
-
-    def _freeze_step(self, freeze: str | int | float | None) -> int | None:
-        if freeze is None or (self._waits and self.total_steps is None):
-            return None
-        if self._waits:
-            return in_steps("freeze", _LATEST, self.total_steps)
-        if isinstance(freeze, str):
-            return self.step.schedule.steps(self.total_steps)
-        return in_steps("freeze", freeze, self.total_steps)
-
-
-def _name(layer: Any) -> str:
-    return str(layer.name)

@@ -18,7 +18,7 @@ from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
-from lightning_wgsef.training.checkpointing import parts_of
+from lightning_wgsef.training.checkpointing import pruner_states
 from lightning_wgsef.training.freezing import check_freeze
 from lightning_wgsef.training.half_space import HalfSpace, as_half_space
 from lightning_wgsef.training.logged_metrics import logged_metrics
@@ -248,7 +248,7 @@ class WGSEF:
         }
         counts = dict(zip((x.name for x in self.groups.layers), self.groups.counts, strict=True))
         restored = []
-        for saved in parts_of(state, counts, optimizers):
+        for saved in pruner_states(state, counts, optimizers):
             layers = saved["layers"]
             pruner = self._pruner(
                 self.groups.only(layers), optimizers[next(iter(layers))], saved["total_steps"]

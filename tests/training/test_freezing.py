@@ -1,4 +1,4 @@
-"""Masks in training: moments are cleared, and when masks count as settled."""
+"""The freeze: when the mask is fixed, and what becomes of moments and dead groups."""
 
 from __future__ import annotations
 
@@ -11,10 +11,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef import WGSEF, Constant, GroupLasso, Groups, Homotopy, group_parameters
+from lightning_wgsef import (
+    WGSEF,
+    Constant,
+    GroupLasso,
+    Groups,
+    Homotopy,
+    Warmup,
+    group_parameters,
+)
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.members import Member
-from lightning_wgsef.training.freezing import Convergence
+from lightning_wgsef.training import freezing
+from lightning_wgsef.training.freezing import FreezeRule
 from lightning_wgsef.training.masks import apply_masks, clear_moments
 from tests.helpers.groups import (
     OF_ANY_LAYER,
@@ -23,6 +32,7 @@ from tests.helpers.groups import (
     conv_network,
     dense_network,
     kept,
+    raises_naming,
     train,
 )
 
@@ -140,62 +150,109 @@ WITHIN, ABOVE = torch.tensor([0.0, 1e-7]), torch.tensor([0.0, 1e-3])
 VALUE = torch.tensor([1.0, 1.0])
 
 
-def looks(convergence, *seen):
-    return [convergence.update(alive, gap, VALUE) for alive, gap in seen]
+@pytest.fixture
+def patience(monkeypatch):
+    """How many checks in a row have to find the same groups."""
+    return lambda number: monkeypatch.setattr(freezing, "PATIENCE", number)
 
 
-def test_converged_after_as_many_equal_looks_as_patience():
-    assert looks(Convergence(patience=3), *[(ALIVE, WITHIN)] * 5) == [False] * 3 + [True] * 2
-    assert looks(Convergence(), *[(ALIVE, WITHIN)] * 5) == [False] * 4 + [True]
+def rule():
+    return FreezeRule("converged", Constant(0.1), total_steps=None)
 
 
-def test_another_set_starts_again():
-    convergence = Convergence(patience=2)
+def updates(rule, *seen):
+    return [rule.update(alive, gap, VALUE) for alive, gap in seen]
+
+
+def test_converged_after_as_many_equal_checks_as_patience(patience):
+    assert updates(rule(), *[(ALIVE, WITHIN)] * 5) == [False] * 4 + [True]
+    patience(3)
+    assert updates(rule(), *[(ALIVE, WITHIN)] * 5) == [False] * 3 + [True] * 2
+
+
+def test_another_set_starts_again(patience):
+    patience(2)
+    tried = rule()
     seen = [(ALIVE, WITHIN)] * 2 + [(OTHER, WITHIN)] * 3 + [(ALIVE, WITHIN)]
-    assert looks(convergence, *seen) == [False, False, False, False, True, False]
-    assert convergence.unchanged == 0
-    assert torch.equal(convergence.alive, ALIVE)
+    assert updates(tried, *seen) == [False, False, False, False, True, False]
+    assert tried.unchanged == 0
+    assert torch.equal(tried.alive, ALIVE)
 
 
-def test_as_many_groups_are_not_the_same_groups():
-    convergence = Convergence(patience=1)
+def test_as_many_groups_are_not_the_same_groups(patience):
+    patience(1)
     assert ALIVE.sum() == OTHER.sum()
-    assert looks(convergence, (ALIVE, WITHIN), (OTHER, WITHIN)) == [False, False]
+    assert updates(rule(), (ALIVE, WITHIN), (OTHER, WITHIN)) == [False, False]
 
 
-def test_a_gap_in_one_layer_starts_again():
-    convergence = Convergence(patience=2)
+def test_a_gap_in_one_layer_starts_again(patience):
+    patience(2)
     seen = [(ALIVE, WITHIN), (ALIVE, WITHIN), (ALIVE, ABOVE), (ALIVE, WITHIN), (ALIVE, WITHIN)]
-    assert looks(convergence, *seen) == [False, False, False, False, True]
+    assert updates(rule(), *seen) == [False, False, False, False, True]
 
 
-def test_the_gap_is_relative_to_the_value():
-    convergence = Convergence(tolerance=0.1, patience=1)
-    gap = torch.tensor([1.0])
-    assert not convergence.update(ALIVE, gap, torch.tensor([10.0]))
-    assert convergence.update(ALIVE, gap, torch.tensor([10.0]))
-    assert not convergence.update(ALIVE, gap, torch.tensor([9.9]))
+def test_the_gap_is_relative_to_the_value(patience, monkeypatch):
+    patience(1)
+    monkeypatch.setattr(freezing, "TOLERANCE", 0.1)
+    tried, gap = rule(), torch.tensor([1.0])
+    assert not tried.update(ALIVE, gap, torch.tensor([10.0]))
+    assert tried.update(ALIVE, gap, torch.tensor([10.0]))
+    assert not tried.update(ALIVE, gap, torch.tensor([9.9]))
 
 
-def test_nothing_left_is_settled():
+def test_nothing_left_is_settled(patience):
     """Value and gap are both zero: 0 <= 0."""
-    convergence, nothing = Convergence(patience=1), torch.zeros(2)
-    assert not convergence.update(~ALIVE & ALIVE, nothing, nothing)
-    assert convergence.update(~ALIVE & ALIVE, nothing, nothing)
+    patience(1)
+    tried, nothing = rule(), torch.zeros(2)
+    assert not tried.update(~ALIVE & ALIVE, nothing, nothing)
+    assert tried.update(~ALIVE & ALIVE, nothing, nothing)
 
 
-def test_nan_is_not_settled():
-    convergence = Convergence(patience=1)
+def test_nan_is_not_settled(patience):
+    patience(1)
     broken = torch.tensor([0.0, float("nan")])
-    assert looks(convergence, *[(ALIVE, broken)] * 3) == [False] * 3
+    assert updates(rule(), *[(ALIVE, broken)] * 3) == [False] * 3
 
 
-def test_goes_on_from_its_fields():
+def test_goes_on_from_its_fields(patience):
     """As a resumed run does."""
-    first = Convergence(patience=3)
-    looks(first, *[(ALIVE, WITHIN)] * 3)
-    second = Convergence(patience=3, unchanged=first.unchanged, alive=first.alive)
-    assert looks(second, (ALIVE, WITHIN)) == [True]
+    patience(3)
+    first, second = rule(), rule()
+    updates(first, *[(ALIVE, WITHIN)] * 3)
+    second.unchanged, second.alive = first.unchanged, first.alive
+    assert updates(second, (ALIVE, WITHIN)) == [True]
+
+
+@pytest.mark.parametrize(
+    ("freeze", "schedule", "total", "step", "waits"),
+    [
+        (None, Constant(0.1), 100, None, False),
+        (None, Homotopy(), 100, None, False),
+        (7, Constant(0.1), None, 7, False),
+        (0.25, Constant(0.1), 100, 25, False),
+        (0.25, Homotopy(), 100, 25, False),
+        ("converged", Homotopy(length=0.5), 100, 50, False),
+        ("converged", Homotopy(length=9), None, 9, False),
+        ("converged", Constant(0.1), 100, 75, True),
+        ("converged", Warmup(0.1, length=0.9), 100, 75, True),
+        ("converged", Constant(0.1), None, None, True),
+    ],
+)
+def test_the_step_that_fixes_the_mask(freeze, schedule, total, step, waits):
+    """By a homotopy's end, at three quarters of training at the latest, or where it is told."""
+    tried = FreezeRule(freeze, schedule, total)
+    assert tried.step == step
+    assert tried.waits is waits
+    due = [taken for taken in range(101) if tried.due(taken)]
+    assert due == ([] if step is None else list(range(step - 1, 101)))
+
+
+@pytest.mark.parametrize(
+    ("freeze", "schedule"), [(0.5, Constant(0.1)), ("converged", Homotopy(length=0.5))]
+)
+def test_a_share_of_an_unknown_length(freeze, schedule):
+    with raises_naming("is a share of training", "not known"):
+        FreezeRule(freeze, schedule, None).due(0)
 
 
 @pytest.mark.parametrize(

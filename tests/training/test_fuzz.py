@@ -20,8 +20,7 @@ from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import Tensor
 
 from lightning_wgsef import WGSEF, Groups, WGSEFCallback
-from lightning_wgsef.training import pruner
-from lightning_wgsef.training.freezing import Convergence
+from lightning_wgsef.training import freezing, pruner
 from lightning_wgsef.training.proximal_step import ProximalStep
 from tests.helpers.fuzzing import (
     Fuzzed,
@@ -214,9 +213,9 @@ def check(training: Training) -> str:
 
 @pytest.fixture(autouse=True)
 def _looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Looks at the convergence are 50 steps apart, which is longer than these trainings."""
+    """Checks of the convergence are 50 steps apart, which is longer than these trainings."""
     monkeypatch.setattr(pruner, "CHECK_EVERY", 2)
-    monkeypatch.setattr(pruner, "Convergence", lambda: Convergence(patience=1))
+    monkeypatch.setattr(freezing, "PATIENCE", 1)
 
 
 def test_whole_trainings(capsys: Any) -> None:
@@ -270,9 +269,9 @@ FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
         "check_freeze",
     ),
     "a resumed run forgets shrinkage below the precision": (
-        ProximalStep,
+        pruner.Pruner,
         "load_state_dict",
-        lambda right: lambda step, state: right(step, {**state, "remainder": None}),
+        lambda right: lambda part, state: right(part, {**state, "remainder": None}),
         "check_resumed",
     ),
     "names of metrics change": (
