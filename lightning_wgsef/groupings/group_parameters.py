@@ -17,7 +17,13 @@ from lightning_wgsef.groupings.budget import (
 )
 from lightning_wgsef.groupings.costs import Costs, check_costs
 from lightning_wgsef.groupings.patterns import check_patterns, matches
-from lightning_wgsef.groupings.registry import MISSING, Grouping, find_groups, grouping_name
+from lightning_wgsef.groupings.registry import (
+    MISSING,
+    Grouping,
+    check_grouping,
+    find_groups,
+    grouping_name,
+)
 from lightning_wgsef.groupings.removability import with_invariance
 from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps, on_model
@@ -82,10 +88,7 @@ def group_parameters(
     2       channel       8            36       2        yes
     left out: 0: first layer: its channels are the network's input
     """
-    check_budget(k, scope)
-    check_weights(weights)
-    check_costs(costs)
-    check_overlap(overlap)
+    check_arguments(grouping, k, scope=scope, weights=weights, costs=costs, overlap=overlap)
     plain = whole_model(model)
     found = find_groups(plain, grouping, example_input)
     names = [layer.name for layer in found.layers]
@@ -129,8 +132,21 @@ def group_parameters(
     return groups
 
 
-def check_overlap(overlap: str) -> None:
-    """Raise `ValueError` unless ``overlap`` is "error" or "first"."""
+def check_arguments(
+    grouping: Grouping,
+    k: Budget,
+    *,
+    scope: str,
+    weights: Weights,
+    costs: Costs,
+    overlap: str,
+    **_: Any,
+) -> None:
+    """Raise `ValueError` for an argument of `group_parameters` that no model could make right."""
+    check_budget(k, scope)
+    check_grouping(grouping)
+    check_weights(weights)
+    check_costs(costs)
     if overlap not in ("error", "first"):
         raise ValueError(f"overlap must be 'error' or 'first', got {overlap!r}")
 

@@ -27,7 +27,7 @@ from lightning_wgsef.slimming.files import check_slim_path, save_slim
 from lightning_wgsef.slimming.slim import slim
 from lightning_wgsef.training.half_space import HalfSpace
 from lightning_wgsef.training.masks import apply_masks_to
-from lightning_wgsef.training.options import check_arguments
+from lightning_wgsef.training.options import ARGUMENTS, Settings
 from lightning_wgsef.training.regularizer import WGSEF
 from lightning_wgsef.training.schedules import CubicRamp, Schedule
 
@@ -148,26 +148,10 @@ class WGSEFCallback(Callback):
         dashboard: bool = False,
         name: str | None = None,
     ) -> None:
+        given = locals()  # before there are others than the arguments
+        self.arguments: dict[str, Any] = {argument: given[argument] for argument in ARGUMENTS}
         super().__init__()
-        self.arguments: dict[str, Any] = {
-            "k": k,
-            "lam": lam,
-            "grouping": grouping,
-            "include": include,
-            "exclude": exclude,
-            "debias": debias,
-            "scope": scope,
-            "weights": weights,
-            "costs": costs,
-            "example_input": example_input,
-            "overlap": overlap,
-            "metric": metric,
-            "penalty": penalty,
-            "half_space": half_space,
-            "freeze": freeze,
-            "masks": masks,
-        }
-        check_arguments(**self.arguments)
+        Settings(**self.arguments)  # what is wrong with them is an error now, not in the fit
         self.slim_to = slim_to
         self.dashboard = dashboard
         self.name = name

@@ -145,9 +145,6 @@ def layout(prefix: str) -> dict[str, list[Any]]:
     }
 
 
-_SETTINGS = ("k", "lam", "grouping", "scope", "weights", "costs", "metric", "freeze")
-
-
 def hold_back(trainer: Trainer) -> list[Any]:
     """Keep Lightning's TensorBoard loggers from writing hparams; those that would have.
 
@@ -195,7 +192,7 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
 def _settings(callbacks: list[Any]) -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for callback in callbacks:
-        own = {name: callback.arguments[name] for name in _SETTINGS}
+        own = {name: x for name, x in callback.arguments.items() if name != "example_input"}
         if own["lam"] is None:
             own["lam"] = callback.regularizer.schedule  # what the default stands for
         settings |= {f"{callback.prefix}/{name}": value for name, value in own.items()}

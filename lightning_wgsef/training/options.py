@@ -1,32 +1,138 @@
-"""Everything about arguments that can be checked before there is a model."""
+"""Options of a run: every argument of the regularizer, declared, documented and checked once."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from inspect import signature
+from pathlib import Path
+from typing import Any, Literal, TypedDict
 
-from lightning_wgsef.groupings.budget import check_budget
-from lightning_wgsef.groupings.costs import check_costs
-from lightning_wgsef.groupings.group_parameters import check_overlap
-from lightning_wgsef.groupings.registry import check_grouping
-from lightning_wgsef.groupings.weights import check_weights
+from typing_extensions import Unpack
+
+from lightning_wgsef.groupings.budget import Budget
+from lightning_wgsef.groupings.costs import Costs
+from lightning_wgsef.groupings.group_parameters import check_arguments, group_parameters
+from lightning_wgsef.groupings.registry import Grouping
+from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.freezing import check_freeze
-from lightning_wgsef.training.half_space import as_half_space
+from lightning_wgsef.training.half_space import HalfSpace, as_half_space
 from lightning_wgsef.training.proximal_step import check_step
-from lightning_wgsef.training.schedules import CubicRamp, as_schedule, resolve_debias
+from lightning_wgsef.training.schedules import CubicRamp, Schedule, as_schedule, resolve_debias
 
 
-def check_arguments(**arguments: Any) -> None:
-    """Raise `ValueError` for an argument of `WGSEF` that no model could make right."""
-    k, scope, penalty = arguments["k"], arguments["scope"], arguments["penalty"]
-    check_budget(k.k if isinstance(k, CubicRamp) else k, scope)
-    check_grouping(arguments["grouping"])
-    check_weights(arguments["weights"])
-    check_overlap(arguments["overlap"])
-    check_costs(arguments["costs"])
-    check_freeze(arguments["freeze"])
-    schedule = as_schedule(arguments["lam"])
-    debias = resolve_debias(arguments["debias"], schedule)
-    penalty = Envelope() if penalty is None else penalty
-    check_step(arguments["metric"], penalty, schedule, debias, scope)
-    as_half_space(arguments["half_space"])
+class PruningOptions(TypedDict, total=False):
+    """Keywords of `WGSEF` beside k, lam and grouping; all of them may be left out.
+
+    Attributes:
+        scope: see `group_parameters`, as for weights, costs, example_input, overlap, include and
+            exclude.
+        weights: what makes a group strong.
+        costs: what a group costs.
+        example_input: for what follows a forward pass.
+        overlap: what happens to a layer that claims weights of one before it.
+        include: patterns of layer names; only these are grouped.
+        exclude: patterns of layer names that are left out.
+        debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
+            None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
+        metric: in which metric the step is taken: "identity"; "auto", the diagonal one that the
+            optimizer steps in (Adam's square root, see `preconditioner` and `prox_metric`); or
+            "group", its mean over every group.
+        penalty: `Envelope` (None), or `GroupLasso` to compare with.
+        half_space: a `HalfSpace`, or its epsilon: groups that turn round are projected to zero.
+        freeze: when the mask is fixed: "converged" (at the end of a `Homotopy`; otherwise when the
+            budget is kept and the live groups no longer change, at three quarters of training at
+            the latest), a number of steps (int) or a share of training (float), or None (never).
+            At a given or latest step the weights are projected onto the budget.
+        masks: "from_zeros": keep the zero groups that the model already has, from the first step;
+            a path: those of a checkpoint; None: find them. k and lam are not used with masks.
+    """
+
+    scope: Literal["layer", "global"]
+    weights: Weights
+    costs: Costs
+    example_input: Any | None
+    overlap: Literal["error", "first"]
+    include: str | Sequence[str] | None
+    exclude: str | Sequence[str] | None
+    debias: float | None
+    metric: Literal["auto", "group", "identity"]
+    penalty: Penalty | None
+    half_space: float | HalfSpace | None
+    freeze: Literal["converged"] | int | float | None
+    masks: str | Path | None
+
+
+DEFAULTS: PruningOptions = {
+    "scope": "layer",
+    "weights": None,
+    "costs": None,
+    "example_input": None,
+    "overlap": "error",
+    "include": None,
+    "exclude": None,
+    "debias": None,
+    "metric": "identity",
+    "penalty": None,
+    "half_space": None,
+    "freeze": "converged",
+    "masks": None,
+}
+
+ARGUMENTS = ("k", "lam", "grouping", *DEFAULTS)
+
+# What `group_parameters` takes of them.
+_OF_GROUPS = DEFAULTS.keys() & signature(group_parameters).parameters.keys()
+
+
+class Settings:
+    """The arguments of one run, with their defaults, checked as far as that needs no model.
+
+    Attributes:
+        options: every option, as it was given or by default.
+        grouping: the arguments of `group_parameters`.
+        schedule: what lam stands for.
+        ramp: of the budget; None where it is the same from the start.
+        debias: what debias stands for.
+        penalty: what penalty stands for.
+        half_space: what half_space stands for.
+
+    Raises:
+        ValueError: an argument that no model could make right.
+        TypeError: an option that is none.
+
+    >>> Settings(lam=0.1, metric="auto").schedule
+    Constant(lam=0.1)
+    >>> Settings(metrik="auto")  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    TypeError: WGSEF() got an unexpected keyword argument 'metrik'; its options are scope, ...
+    """
+
+    def __init__(
+        self,
+        k: Budget | CubicRamp = 0.5,
+        lam: float | Schedule | None = None,
+        grouping: Grouping = "channel",
+        **given: Unpack[PruningOptions],
+    ) -> None:
+        for name in given.keys() - DEFAULTS.keys():
+            raise TypeError(
+                f"WGSEF() got an unexpected keyword argument {name!r}; its options are "
+                f"{', '.join(DEFAULTS)}"
+            )
+        self.options: PruningOptions = {**DEFAULTS, **given}
+        options = self.options
+        self.ramp = k if isinstance(k, CubicRamp) else None
+        self.grouping: dict[str, Any] = {name: options[name] for name in _OF_GROUPS}  # type: ignore[literal-required]
+        self.grouping |= {"grouping": grouping, "k": k.k if isinstance(k, CubicRamp) else k}
+        check_arguments(**self.grouping)
+        if options["masks"] is not None:
+            self.grouping["k"] = 1.0  # what is alive then is the budget
+        check_freeze(options["freeze"])
+        self.schedule = as_schedule(lam)
+        self.debias = resolve_debias(options["debias"], self.schedule)
+        self.penalty = Envelope() if options["penalty"] is None else options["penalty"]
+        check_step(options["metric"], self.penalty, self.schedule, self.debias, options["scope"])
+        self.half_space = as_half_space(options["half_space"])

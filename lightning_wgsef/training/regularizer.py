@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from numbers import Integral
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from typing_extensions import Unpack
 
 from lightning_wgsef.groupings.budget import Budget
-from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import Grouping
-from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import pruner_states
-from lightning_wgsef.training.freezing import check_freeze
-from lightning_wgsef.training.half_space import HalfSpace, as_half_space
 from lightning_wgsef.training.logged_metrics import logged_metrics
 from lightning_wgsef.training.masks import Masks, given_masks, within_masks
 from lightning_wgsef.training.optimizer_hooks import StepHooks, holds, inner, trained_by
-from lightning_wgsef.training.proximal_step import ProximalStep, check_step
+from lightning_wgsef.training.options import PruningOptions, Settings
+from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.pruner import Pruner
-from lightning_wgsef.training.schedules import CubicRamp, Schedule, as_schedule, resolve_debias
+from lightning_wgsef.training.schedules import CubicRamp, Schedule
 from lightning_wgsef.training.scope import value_and_gap
 
 
@@ -44,22 +40,9 @@ class WGSEF:
         lam: a number (the paper's constant :math:`\lambda`, step size learning rate times lam), or
             a schedule. The default `Homotopy` reaches the budget exactly, without a jump.
         grouping: what a group is, see `group_parameters`.
-        scope, weights, costs, example_input, overlap, include, exclude: see `group_parameters`.
-        debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
-            None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
-        metric: in which metric the step is taken: "identity"; "auto", the diagonal one that the
-            optimizer steps in (Adam's square root, see `preconditioner` and `prox_metric`); or
-            "group", its mean over every group.
-        penalty: `Envelope` (None), or `GroupLasso` to compare with.
-        half_space: a `HalfSpace`, or its epsilon: groups that turn round are projected to zero.
-        freeze: when the mask is fixed: "converged" (at the end of a `Homotopy`; otherwise when the
-            budget is kept and the live groups no longer change, at three quarters of training at
-            the latest), a number of steps (int) or a share of training (float), or None (never).
-            At a given or latest step the weights are projected onto the budget.
-        masks: "from_zeros": keep the zero groups that the model already has, from the first step;
-            a path: those of a checkpoint; None: find them.
         total_steps: how many steps training lasts; needed where a schedule or ``freeze`` is a
             share of training.
+        options: see `PruningOptions`.
 
     Attributes:
         groups: the groups, with budgets; ``print(regularizer.groups)`` shows them.
@@ -67,6 +50,7 @@ class WGSEF:
     Raises:
         ValueError: an argument out of its range; the message names it, its value and what would
             be accepted.
+        TypeError: an option that is none.
 
     >>> import torch
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -90,49 +74,22 @@ class WGSEF:
         lam: float | Schedule | None = None,
         grouping: Grouping = "channel",
         *,
-        scope: str = "layer",
-        weights: Weights = None,
-        costs: Costs = None,
-        example_input: Any | None = None,
-        overlap: str = "error",
-        include: str | Sequence[str] | None = None,
-        exclude: str | Sequence[str] | None = None,
-        debias: float | None = None,
-        metric: str = "identity",
-        penalty: Penalty | None = None,
-        half_space: float | HalfSpace | None = None,
-        freeze: str | int | float | None = "converged",
-        masks: str | Path | None = None,
         total_steps: int | None = None,
+        **options: Unpack[PruningOptions],
     ) -> None:
-        self.schedule = as_schedule(lam)
-        self.debias = resolve_debias(debias, self.schedule)
-        check_freeze(freeze)
-        self.metric = metric
-        self.penalty = Envelope() if penalty is None else penalty
-        check_step(metric, self.penalty, self.schedule, self.debias, scope)
-        self.half_space = as_half_space(half_space)
-        self.ramp = k if isinstance(k, CubicRamp) else None
+        settings = Settings(k, lam, grouping, **options)
+        self.schedule, self.debias = settings.schedule, settings.debias
+        self.penalty, self.metric = settings.penalty, settings.options["metric"]
+        self.ramp, self.half_space = settings.ramp, settings.half_space
+        self.freeze = settings.options["freeze"]
         if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
             raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
-        self.freeze_rule = freeze
         self.total_steps: int | None = total_steps
         self.model = model
-        self.groups = group_parameters(
-            model,
-            grouping,
-            1.0 if masks is not None else k.k if isinstance(k, CubicRamp) else k,
-            include=include,
-            exclude=exclude,
-            scope=scope,
-            weights=weights,
-            costs=costs,
-            example_input=example_input,
-            overlap=overlap,
-        )
+        self.groups = group_parameters(model, **settings.grouping)
         self.pruners: list[Pruner] = []
         self._given_masks: Masks | None = None
-        if masks is not None:
+        if (masks := settings.options["masks"]) is not None:
             self._given_masks = given_masks(self.groups, masks)
             self.groups = within_masks(self.groups, self._given_masks)
         self._hooks: list[StepHooks] = []
@@ -288,7 +245,7 @@ class WGSEF:
         )
         return Pruner(
             step,
-            freeze=self.freeze_rule,
+            freeze=self.freeze,
             ramp=self.ramp,
             half_space=self.half_space,
             masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,9 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef import Homotopy, WGSEFCallback
+from lightning_wgsef import WGSEF, Homotopy, WGSEFCallback
+from lightning_wgsef.training.options import ARGUMENTS, DEFAULTS, PruningOptions, Settings
+from tests.helpers.groups import dense_network
 from tests.helpers.trainers import NAMESPACES, alive, loader, make_module, make_trainer, namespace
 
 BUDGET = {"conv2": 2, "fc": 3}
@@ -330,3 +333,26 @@ def test_diverged_weights_stop_training_with_the_layers_name() -> None:
 
     with pytest.raises(FloatingPointError, match=r"weights of conv2.* are NaN or infinite"):
         make_trainer([WGSEFCallback(k=0.5), Diverge()]).fit(make_module(), loader())
+
+
+def test_the_signature_is_that_of_the_options() -> None:
+    """Names, types and defaults stand twice: here to be read, there to be used."""
+    own = inspect.signature(WGSEFCallback.__init__).parameters
+    shared = {name: own[name] for name in DEFAULTS}
+    assert list(own)[1:4] == list(inspect.signature(Settings).parameters)[:3]
+    assert {name: x.default for name, x in shared.items()} == DEFAULTS
+    declared = PruningOptions.__annotations__
+    assert {name: x.annotation for name, x in shared.items()} == {
+        name: x.__forward_arg__ for name, x in declared.items()
+    }
+    assert tuple(list(own)[1 : 1 + len(ARGUMENTS)]) == ARGUMENTS
+    assert tuple(WGSEFCallback(k=0.25).arguments) == ARGUMENTS
+
+
+def test_a_misspelled_argument_is_named() -> None:
+    with pytest.raises(TypeError, match=r"WGSEF.* got an unexpected keyword argument 'metrik'"):
+        WGSEFCallback(metrik="auto")
+    with pytest.raises(TypeError, match=r"WGSEF.* got an unexpected keyword argument 'metrik'"):
+        WGSEF(dense_network(), metrik="auto")
+    with pytest.raises(TypeError, match=r"WGSEF.* got an unexpected keyword argument 'slim_to'"):
+        WGSEF(dense_network(), slim_to="x.safetensors")
