@@ -17,9 +17,15 @@ from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.lightning.private import (
+    average_models,
+    hold_back_hparams,
+    logs_are_due,
+    release_hparams,
+)
 from lightning_wgsef.lightning.strategies import check_strategy, restores_later
 from lightning_wgsef.lightning.summary import PruningSummary
-from lightning_wgsef.lightning.tensorboard import hold_back, release, write_hparams
+from lightning_wgsef.lightning.tensorboard import write_hparams
 from lightning_wgsef.network.sharding import whole_model
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
@@ -193,7 +199,7 @@ class WGSEFCallback(Callback):
         """Refuse strategies under which the weights cannot be edited."""
         if stage == "fit":
             check_strategy(trainer)
-            self._held_back = hold_back(trainer) if self.dashboard else []
+            self._held_back = hold_back_hparams(trainer) if self.dashboard else []
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Group the weights, with everything that can be wrong about them, before training."""
@@ -223,7 +229,7 @@ class WGSEFCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to this fit's optimizers and continue from the saved state, if any."""
-        release(self._held_back)
+        release_hparams(self._held_back)
         if restores_later(trainer):
             self._group(trainer, pl_module)
         assert self.regularizer is not None
@@ -251,13 +257,10 @@ class WGSEFCallback(Callback):
         if self.regularizer.frozen and not self._averages_masked:
             self._averages_masked = True  # an average of zeros stays zero
             self._summary.freeze(trainer)
-            for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
-                average = getattr(other, "_average_model", None)  # EMA, SWA
-                if isinstance(average, nn.Module):
-                    apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
-        # The public log_every_n_steps would have to be matched with loop internals by hand; the
-        # last batch counts too, so that monitors find the metrics at the end of every epoch.
-        due = trainer._logger_connector.should_update_logs or trainer.is_last_batch
+            for average in average_models(trainer):
+                apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
+        # With the last batch monitors find the metrics at the end of every epoch.
+        due = logs_are_due(trainer) or trainer.is_last_batch
         if due and not trainer.barebones:
             self.regularizer.check_finite()
             for key, value in self.regularizer.metrics().items():
@@ -316,6 +319,6 @@ class WGSEFCallback(Callback):
         self._detach()
 
     def _detach(self) -> None:
-        release(self._held_back)
+        release_hparams(self._held_back)
         if self.regularizer is not None:
             self.regularizer.detach()

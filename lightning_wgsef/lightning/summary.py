@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from lightning_wgsef.lightning.private import logged_step
 from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
 from lightning_wgsef.network.sharding import whole_model
 from lightning_wgsef.reports.sparsity import sparsity_report
@@ -67,7 +68,7 @@ class PruningSummary:
         if self._shows_more:
             norms = self.regularizer.groups.norms()
             for dashboard in self.dashboards:
-                dashboard.log(norms, self._budget(), _step(trainer))
+                dashboard.log(norms, self._budget(), logged_step(trainer))
 
     def end(self, trainer: Trainer, model: nn.Module, example_input: Any) -> None:
         """The report, with operations where there is an example input that runs.
@@ -88,8 +89,8 @@ class PruningSummary:
             trainer.print(f"{self.prefix}:\n{report}")
         share = 1 - report.parameters_alive / max(report.parameters, 1)
         for dashboard in self.dashboards:
-            dashboard.draw(norms, _step(trainer))
-            dashboard.finish(str(report), share, _step(trainer))
+            dashboard.draw(norms, logged_step(trainer))
+            dashboard.finish(str(report), share, logged_step(trainer))
 
     def _budget(self) -> float:
         """Of everything together; of n:m as many as stay in all rows of m."""
@@ -102,8 +103,3 @@ class PruningSummary:
 def _has_summary(trainer: Trainer) -> bool:
     names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]  # set by a connector
     return bool(names & {"ModelSummary", "RichModelSummary"})
-
-
-def _step(trainer: Trainer) -> int:
-    """The step under which Lightning logs scalars."""
-    return int(trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -145,24 +145,6 @@ def layout(prefix: str) -> dict[str, list[Any]]:
     }
 
 
-def hold_back(trainer: Trainer) -> list[Any]:
-    """Keep Lightning's TensorBoard loggers from writing hparams; those that would have.
-
-    There is no public switch after a logger is made.
-    """
-    loggers: list[Any] = trainer.loggers
-    held = [logger for logger in loggers if getattr(logger, "_default_hp_metric", False)]
-    for logger in held:
-        logger._default_hp_metric = False
-    return held
-
-
-def release(held: list[Any]) -> None:
-    """As before `hold_back`; the list is emptied."""
-    while held:
-        held.pop()._default_hp_metric = True
-
-
 def write_hparams(trainer: Trainer, callback: Any) -> None:
     """Write what was asked for, with the names of the scalars that came of it.
 
@@ -183,10 +165,10 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
             name: value if isinstance(value, bool | int | float) else str(value)
             for name, value in {**dict(logger.hparams), **_settings(shown)}.items()
         }
-        writer = logger.experiment._get_file_writer()  # add_hparams would make a run of its own
-        # Of the results it takes the names; values come from the scalars.
+        # `add_hparams` would make a run of its own. Of the results this takes the names; their
+        # values are those of the scalars.
         for summary in hparams(values, dict.fromkeys(results, 0.0)):  # type: ignore[no-untyped-call]
-            writer.add_summary(summary)
+            logger.experiment.file_writer.add_summary(summary)
 
 
 def _settings(callbacks: list[Any]) -> dict[str, Any]:
