@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +12,17 @@ from torch import Tensor, nn
 from lightning_wgsef.groups.members import Member, gather
 from lightning_wgsef.network.layers import canonical_name
 
-if TYPE_CHECKING:
-    pass
 
-
-def on_model(layers: Sequence[GroupedLayer], model: nn.Module) -> list[GroupedLayer]:
+def on_model(layers: Iterable[GroupedLayer], model: nn.Module) -> list[GroupedLayer]:
     """Layers that were found on the copy, with the parameters of the model itself."""
     own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    return with_values(layers, own)
+
+
+def with_values(layers: Iterable[GroupedLayer], values: Mapping[str, Tensor]) -> list[GroupedLayer]:
+    """The same groups of other tensors, which are given by canonical name of parameter."""
     return [
-        replace(x, members=tuple(replace(m, parameter=own[m.name]) for m in x.members))
+        replace(x, members=tuple(replace(m, parameter=values[m.name]) for m in x.members))
         for x in layers
     ]
 

@@ -114,13 +114,11 @@ class Member:
             return None
         return tensor.detach().view(self.slices if leading else self.extent[0], -1)
 
-    def norms(self, values: Tensor | None, dtype: torch.dtype) -> Tensor:
-        """Norm of every slice, in ``dtype``, of the weights or of ``values`` shaped like them."""
-        rows = self.as_rows(self.weights) if values is None else None
+    def norms(self, dtype: torch.dtype) -> Tensor:
+        """Norm of every slice, in ``dtype``, which is no less than that of the weights."""
+        rows = self.as_rows(self.weights)
         if rows is None:
-            values = self.seen(self.weights if values is None else values)
-            if values.dtype == torch.float64 != dtype:  # torch does not accumulate in less
-                values = values.to(dtype)
+            values = self.seen(self.weights)
             summed = [a for a in range(values.dim()) if a not in self.axes]
             if not summed:
                 return values.to(dtype).abs().flatten()
@@ -143,9 +141,9 @@ class Member:
         else:
             rows.mul_(per_slice.view(-1, 1))
 
-    def nonzeros(self, values: Tensor) -> Tensor:
-        """Number of weights in every slice of ``values`` that are not exactly zero (NaN is not)."""
-        nonzero = self.seen(values) != 0
+    def nonzeros(self) -> Tensor:
+        """Number of weights in every slice that are not exactly zero (NaN is not)."""
+        nonzero = self.seen(self.weights) != 0
         summed = [a for a in range(nonzero.dim()) if a not in self.axes]
         return (nonzero.sum(dim=summed) if summed else nonzero).flatten()
 

@@ -35,7 +35,7 @@ class GroupPreconditioner:
             for param_group in optimizer.param_groups
             for parameter in param_group["params"]
         }
-        self._chunks = [list(chunks(member)) for member in groups.members]
+        self._chunks = [list(chunks(member)) for member in groups.layout.members]
         self._diagonals: list[Tensor] = []
         self._scratch: dict[tuple[int, torch.Size], Tensor] = {}
 
@@ -45,9 +45,9 @@ class GroupPreconditioner:
         if not self._diagonals:
             self._diagonals = [
                 torch.empty_like(member.weights, dtype=self.groups.dtype)
-                for member in self.groups.members
+                for member in self.groups.layout.members
             ]
-        for member, diagonal in zip(self.groups.members, self._diagonals, strict=True):
+        for member, diagonal in zip(self.groups.layout.members, self._diagonals, strict=True):
             parameter = member.parameter
             state = self.optimizer.state.get(parameter)
             if not state:
@@ -136,9 +136,9 @@ class GroupPreconditioner:
             totals.setdefault(id(chunk.member), []).append(parts)
         per_member = [
             [joined(member, list(parts)) for parts in zip(*totals[id(member)], strict=True)]
-            for member in self.groups.members
+            for member in self.groups.layout.members
         ]
-        return [self.groups.gathered(terms) for terms in zip(*per_member, strict=True)]
+        return [self.groups.layout.gathered(terms) for terms in zip(*per_member, strict=True)]
 
     def _walk(self, *per_group: Tensor) -> Iterator[tuple[Chunk, Tensor, tuple[Tensor, ...]]]:
         """Every chunk with its part of D and the per-group numbers laid along it.
@@ -147,10 +147,10 @@ class GroupPreconditioner:
         """
         outside = (1.0, 0.0)
         per_member = [
-            self.groups.spread(vector.to(self.groups.dtype), rest)
+            self.groups.layout.spread(vector.to(self.groups.dtype), rest)
             for vector, rest in zip(per_group, outside, strict=False)
         ]
-        for number, member in enumerate(self.groups.members):
+        for number, member in enumerate(self.groups.layout.members):
             laid = [laid_along(member, vectors[number]) for vectors in per_member]
             for chunk in self._chunks[number]:
                 yield chunk, chunk.of(self._diagonals[number]), tuple(map(chunk.part, laid))

@@ -77,12 +77,12 @@ def inside_half_space(groups: Groups, before: Mapping[str, Tensor], epsilon: flo
         epsilon: see `HalfSpace`.
     """
     products, squares = [], []
-    for member in groups.members:
+    for member in groups.layout.members:
         chunk = Chunk(member, None)
         old = member.seen(before[member.name]).to(groups.dtype)
         trial = member.seen(member.weights).to(groups.dtype)
         products.append(chunk.sum(trial * old))
         squares.append(chunk.sum(old * old))
-    square = groups.gathered(squares)
-    inside = groups.gathered(products) >= epsilon * square
+    square = groups.layout.gathered(squares)
+    inside = groups.layout.gathered(products) >= epsilon * square
     return (inside & (square > 0)).to(groups.dtype)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_wgsef.groups.grouped_layer import on_model
+from lightning_wgsef.groups.grouped_layer import on_model, with_values
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
 from lightning_wgsef.network.layers import canonical_name
@@ -37,13 +37,14 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
     >>> masks_from_zeros(group_parameters(network, "channel"))
     {'1': tensor([ True, False,  True])}
     """
-    values = None
+    measured = groups
     if state_dict is not None:
         values = {canonical_name(str(name)): tensor for name, tensor in state_dict.items()}
         for layer in groups.layers:
             for member in layer.members:
                 _check_like(member.name, values.get(member.name), member.parameter)
-    alive = groups.alive(values)
+        measured = Groups(with_values(groups.layers, values))
+    alive = measured.alive().to(groups.device)
     if bool(alive.all()):
         raise ValueError(
             f"no group is zero in {', '.join(layer.name for layer in groups.layers)}: these "
@@ -137,7 +138,7 @@ def _dead(groups: Groups, masks: Mapping[str, Tensor]) -> Iterator[tuple[Member,
     """Every member, and which of its weights are dead, to broadcast with them."""
     nobody = torch.zeros(0, dtype=torch.bool, device=groups.device)
     alive = torch.cat([nobody, *(masks[layer.name].to(groups.device) for layer in groups.layers)])
-    for member, part in zip(groups.members, groups.spread(alive, True), strict=True):
+    for member, part in zip(groups.layout.members, groups.layout.spread(alive, True), strict=True):
         yield member, ~member.laid(part)
 
 

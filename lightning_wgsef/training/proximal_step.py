@@ -132,7 +132,7 @@ class ProximalStep:
             budgets: K of every segment, shape (S,).
             allowed: a boolean, shape (): nothing changes where it is false; None: true.
         """
-        self.groups.weigh(norms)
+        self.groups.layout.weigh(norms)
         self.size = self._step_size(norms, taken)
         if isinstance(self.size, float) and self.size == 0:
             return
@@ -160,7 +160,7 @@ class ProximalStep:
 
     def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
         """The projection onto the budgets: is a group kept? Booleans, shape (m,)."""
-        self.groups.weigh(norms)
+        self.groups.layout.weigh(norms)
         scope = Scope(self.groups, norms, budgets)
         factors = prox_multipliers(
             self._in_metric_of_weights(scope.norms),
@@ -254,7 +254,7 @@ class ProximalStep:
 
     def _lowest_resolution(self) -> float:
         """The relative change that is applied at once; 0 where every weight has full precision."""
-        kinds = {member.parameter.dtype for member in self.groups.members}
+        kinds = {member.parameter.dtype for member in self.groups.layout.members}
         coarse = [torch.finfo(kind).eps for kind in kinds if kind.itemsize < 4]
         return _UNITS * max(coarse, default=0.0)
 

@@ -95,7 +95,7 @@ class Pruner:
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""
         if self.masks is None and self._in_half_space_stage():
-            self._before = {m.name: m.weights.clone() for m in self.groups.members}
+            self._before = {m.name: m.weights.clone() for m in self.groups.layout.members}
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -241,7 +241,7 @@ class Pruner:
         return self._half_space is not None and self.taken >= self._half_space_from
 
     def _has_gradients(self) -> bool:
-        return any(member.parameter.grad is not None for member in self.groups.members)
+        return any(member.parameter.grad is not None for member in self.groups.layout.members)
 
     def _layer_norms(self, norms: Tensor) -> Tensor:
         parts = self.groups.split(norms).values()

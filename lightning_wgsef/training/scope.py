@@ -30,7 +30,7 @@ class Scope:
             strongest = norms if groups.weights is None else norms * groups.weights.sqrt()
             strongest = strongest if groups.costs is None else strongest / groups.costs.sqrt()
             firsts = [part.argmax() for part in torch.split_with_sizes(strongest, groups.counts)]
-            places = torch.stack(firsts) + groups.starts
+            places = torch.stack(firsts) + groups.layout.starts
             self.kept = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, places, True)
             costs = torch.ones_like(norms) if groups.costs is None else groups.costs
             taken = (costs.double() * self.kept).sum()

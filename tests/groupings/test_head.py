@@ -395,4 +395,4 @@ def test_wrappers_do_not_show_in_names():
     network[1].q_proj = torch.compile(network[1].q_proj, backend="eager")
     groups = head_groups(torch.compile(network, backend="eager"))
     assert names(groups) == ["0", "1"]
-    assert [member.name for member in groups.members] == expected
+    assert [member.name for member in groups.layout.members] == expected

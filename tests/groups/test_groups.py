@@ -82,6 +82,16 @@ def test_vectors_over_all_groups(three):
     assert three.budgets.dtype == torch.float64
 
 
+def test_a_list_of_groups_is_not_laid_out(three):
+    assert str(three)
+    assert three.split(three.sizes).keys() == {layer.name for layer in three.layers}
+    three.check_disjoint()
+    three.only(["dense_rows"])
+    assert "layout" not in vars(three)
+    assert three.norms().shape == (10,)
+    assert "layout" in vars(three)
+
+
 def test_arguments_for_the_envelope(three):
     wanted = {"weights": three.weights, "costs": three.costs, "segments": three.segments}
     assert three.competition.keys() == wanted.keys()

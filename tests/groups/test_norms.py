@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_wgsef import GroupedLayer, Groups, Member
 from lightning_wgsef.groupings.per_layer import channel_groups, filter_groups
+from lightning_wgsef.groups.grouped_layer import with_values
 from tests.helpers.groups import (
     dense_columns,
     dense_rows,
@@ -110,14 +111,6 @@ def test_norms(layout, dtype):
 
 
 @every_layout
-def test_norms_of_other_values(layout):
-    layer = layer_of(layout)
-    values = {member.name: 2 * member.parameter.detach() + 1 for member in layer.members}
-    norms = Groups([layer]).norms(values)
-    assert norms.tolist() == pytest.approx(slow_norms(layer, values), rel=1e-6)
-
-
-@every_layout
 @every_dtype
 def test_alive(layout, dtype):
     """One weight left in a group, wherever it is, keeps the group alive."""
@@ -139,20 +132,10 @@ def test_alive(layout, dtype):
             assert not groups.alive().any()
 
 
-def test_norms_of_values_that_are_more_precise_than_the_weights():
-    weight = torch.nn.Parameter(torch.zeros(2, 2))
-    values = {"w": torch.tensor([[3.0, 4.0], [5.0, 12.0]], dtype=torch.float64)}
-    for axes, wanted in (((0,), [5, 13]), ((1,), [34**0.5, 160**0.5]), ((0, 1), [3, 4, 5, 12])):
-        layer = GroupedLayer("w", "mine", len(wanted), (Member("w", weight, axes=axes),))
-        got = Groups([layer]).norms(values)
-        assert got.dtype == torch.float32
-        assert got.tolist() == pytest.approx(wanted, rel=1e-6)
-
-
 def test_alive_in_other_values():
     layer = layer_of(dense_rows)
     values = {"fc.weight": torch.zeros(3, 5), "fc.bias": torch.tensor([0.0, 1e-30, math.nan])}
-    assert Groups([layer]).alive(values).tolist() == [False, True, True]
+    assert Groups(with_values([layer], values)).alive().tolist() == [False, True, True]
 
 
 @every_layout

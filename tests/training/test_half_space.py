@@ -64,7 +64,7 @@ def test_the_loop_in_lockstep(epsilon, penalty, grouping):
     WGSEF(models[0], 0.5, 0.2, grouping, **more).attach(optimizers[0])
     groups, killed, revived = group_parameters(models[1], grouping, 0.5), 0, 0
     for number in range(20):
-        before = {m.name: m.parameter.detach().clone() for m in groups.members}
+        before = {m.name: m.parameter.detach().clone() for m in groups.layout.members}
         dead = groups.norms() == 0
         for model, optimizer in zip(models, optimizers, strict=True):
             push(model, number)
@@ -74,7 +74,7 @@ def test_the_loop_in_lockstep(epsilon, penalty, grouping):
         envelope = prox_multipliers(norms, 0.2 * 0.2, groups.budgets, segments=groups.segments)
         groups.scale_(envelope if penalty is None else lasso)
         if number >= 5:
-            after = {m.name: m.parameter.detach().clone() for m in groups.members}
+            after = {m.name: m.parameter.detach().clone() for m in groups.layout.members}
             killed += slow_half_space(groups, before, after, epsilon)
             assert not groups.norms()[dead].any()
         revived += int((dead & (groups.norms() > 0)).sum())
@@ -226,7 +226,7 @@ def test_tiles_are_seen_as_tiles(shape):
     rows, columns = shape
     model = torch.nn.Sequential(torch.nn.Linear(columns, rows), torch.nn.Linear(rows, 1))
     groups = group_parameters(model, "block:2x2", include="0")
-    before = {member.name: member.weights.clone() for member in groups.members}
+    before = {member.name: member.weights.clone() for member in groups.layout.members}
     model[0].weight.data[:2, :2].neg_()
     inside = inside_half_space(groups, before, 0.0)
     assert inside.tolist() == [0.0] + [1.0] * (len(groups) - 1)
