@@ -28,7 +28,7 @@ check: .venv/installed
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
 docs: .venv/installed  ## A site of README, guides and reference in site/; no broken link or name.
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file examples/guides/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file examples/guides/mkdocs.yml
 	@echo "site/index.html; with its search: $(BIN)/python -m http.server --directory site"
 
 # BENCH="-k elements": only some of them, and the table goes to .benchmarks/.
