@@ -17,10 +17,9 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from examples.comparison import accuracy
 from examples.data.modules import Digits
-from examples.models.lenet import Classifier, SmallConvNet
-from examples.training import quiet_trainer
+from examples.models.lenet import SmallConvNet
+from examples.training import Classifier, accuracy, quiet_trainer
 from lightning_wgsef import WGSEFCallback
 from lightning_wgsef.slimming.files import load_slim
 

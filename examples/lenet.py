@@ -1,6 +1,6 @@
 """LeNet-5 on Fashion-MNIST, down to a tenth of the channels.
 
-    python -m examples.lenet_fashion_mnist --data-dir data/fashion-mnist
+    python -m examples.lenet --data-dir data/fashion-mnist
 
 Reads the four original files from --data-dir; missing ones are downloaded and verified.
 """

@@ -16,7 +16,8 @@ import torch
 from pytorch_lightning.loggers import TensorBoardLogger
 
 from examples.data.modules import Digits
-from examples.models.lenet import Classifier, SmallConvNet
+from examples.models.lenet import SmallConvNet
+from examples.training import Classifier
 from lightning_wgsef import (
     WGSEFCallback,
     export_program,

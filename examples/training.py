@@ -1,4 +1,4 @@
-"""Train a network dense and pruned, and print what that did to it."""
+"""Training of classifiers: the LightningModule, accuracies, and dense against pruned."""
 
 from __future__ import annotations
 
@@ -9,13 +9,91 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import TensorBoardLogger
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torchmetrics.classification import MulticlassAccuracy
 
+from examples.data.batches import Batches
 from examples.data.modules import InMemory
-from examples.models.lenet import Classifier
 from lightning_wgsef import WGSEFCallback, sparsity_report
 
+Batch = tuple[Tensor, Tensor]
 LOGS = Path("lightning_logs")
+
+
+class Classifier(pl.LightningModule):
+    """Trains a network with cross-entropy; logs train/loss, val/accuracy and test/accuracy.
+
+    Args:
+        network: Gives logits (batch, classes) for images.
+        lr: Learning rate.
+        optimizer: ``"adam"`` or ``"sgd"`` (momentum 0.9).
+        weight_decay: The optimizer's own, on all parameters.
+        num_classes: How many classes there are.
+
+    Raises:
+        ValueError: another optimizer is named.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        lr: float = 1e-3,
+        optimizer: str = "adam",
+        *,
+        weight_decay: float = 0.0,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        if optimizer not in ("adam", "sgd"):
+            raise ValueError(f'optimizer must be "adam" or "sgd", got {optimizer!r}')
+        self.save_hyperparameters(ignore="network")
+        self.network = network
+        self.lr = lr
+        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
+        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns the network's logits."""
+        return self.network(images)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the batch's cross-entropy."""
+        images, labels = batch
+        loss = cross_entropy(self(images), labels)
+        self.log("train/loss", loss, batch_size=len(labels))
+        return loss
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts what the network gets right."""
+        images, labels = batch
+        self.val_accuracy.update(self(images), labels)
+        self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(labels))
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Counts what the network gets right."""
+        images, labels = batch
+        self.test_accuracy.update(self(images), labels)
+        self.log("test/accuracy", self.test_accuracy, batch_size=len(labels))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """Returns the optimizer that was named."""
+        decay = self.hparams["weight_decay"]
+        if self.hparams["optimizer"] == "sgd":
+            return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=decay)
+        return torch.optim.Adam(self.parameters(), self.lr, weight_decay=decay)
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Batches) -> float:
+    """Share of right answers in percent, in evaluation mode; the mode is restored."""
+    training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    pairs = ((images.to(device), labels.to(device)) for images, labels in batches)
+    right = torch.stack([(model(images).argmax(1) == labels).sum() for images, labels in pairs])
+    model.train(training)
+    return 100 * int(right.sum()) / len(batches.labels)
 
 
 def train(

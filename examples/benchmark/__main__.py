@@ -1,6 +1,7 @@
 """Run a suite, measure what it left, or make its tables and plots from the records.
 
 python -m examples.benchmark --suite cpu --data-dir data
+python -m examples.benchmark --suite paper --task vgg16-cifar10-25 --method "homotopy*" --seed 0
 python -m examples.benchmark latencies --suite cpu
 python -m examples.benchmark report --suite cpu
 """
@@ -14,63 +15,86 @@ from pathlib import Path
 
 from examples.benchmark.latencies import measure_all, read_latencies
 from examples.benchmark.methods import METHODS
-from examples.benchmark.plots import draw
+from examples.benchmark.plots import draw, heat_maps
+from examples.benchmark.records import Records
 from examples.benchmark.registry import DATA, NETWORKS
-from examples.benchmark.report import read_records, report
+from examples.benchmark.report import grid_report, report
 from examples.benchmark.scheduler import Folders, run_suite
-from examples.benchmark.sensitivity import grid_report, heat_maps
-from examples.benchmark.suite import known_suites, read_suite
+from examples.benchmark.suite import Suite, known_suites, read_suite
 
 RESULTS = Path(__file__).parent.parent / "results"
 
 
 def main() -> int:
     """The exit status: 0 when everything is finished."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = _options()
+    known = {"network": NETWORKS, "data": DATA, "methods": METHODS}
+    try:
+        suite = read_suite(options.suite, known)
+        part = suite.only(options.task, options.method, options.seed)
+        if options.what == "run":
+            for name in sorted({task.data for task in part.tasks}):
+                DATA[name](options.data_dir, 1, "cpu").prepare_data()
+        elif part != suite:
+            raise ValueError("--task, --method and --seed choose what is run, nothing else")
+    except (ValueError, RuntimeError) as error:  # of data that cannot be downloaded, too
+        print(error, file=sys.stderr)
+        return 2
+    folder = options.results / suite.name
+    records = Records(folder / "records.jsonl")
+    work = options.work / suite.name
+    work.mkdir(parents=True, exist_ok=True)
+    if options.what == "latencies":
+        measure_all(records, work, options.device)
+    elif options.what == "report":
+        for path in write_report(suite, records, folder):
+            print(path)
+    else:
+        until = time.time() + 60 * options.minutes
+        folders = Folders(options.data_dir, records, work)
+        try:
+            done = run_suite(part, folders, options.device, options.workers, until)
+        except OSError as error:
+            print(error, file=sys.stderr)
+            return 1
+        print(f"tables and plots: python -m examples.benchmark report --suite {options.suite}")
+        return 0 if done else 1
+    return 0
+
+
+def write_report(suite: Suite, records: Records, folder: Path) -> list[Path]:
+    """Write the tables and plots of a suite from its records; the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    runs = records.all()
+    command = f"python -m examples.benchmark --suite {suite.name}"
+    tuned = suite.values is None
+    if tuned:
+        text = report(suite, runs, read_latencies(folder), command)
+    else:
+        text = grid_report(suite, runs, command)
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return [folder / "README.md", *(draw if tuned else heat_maps)(suite, runs, folder)]
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("what", nargs="?", choices=("run", "latencies", "report"), default="run")
     parser.add_argument("--suite", required=True, help=f"one of {known_suites()}, or a YAML file")
+    only = {"action": "append", "default": []}
+    parser.add_argument("--task", help="run only this one, or those that fit a pattern", **only)
+    parser.add_argument("--method", help="run only this one, or those that fit a pattern", **only)
+    parser.add_argument("--seed", type=int, help="run only this one", **only)
     parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the data sets")
     parser.add_argument("--results", type=Path, default=RESULTS, help="of records and tables")
     parser.add_argument("--work", type=Path, default=Path(".benchmarks"), help="of checkpoints")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, a thread each")
     parser.add_argument("--minutes", type=float, default=1e9, help="start no run after this time")
-    options = parser.parse_args()
-    known = {"network": NETWORKS, "data": DATA, "methods": METHODS}
-    try:
-        suite = read_suite(options.suite, known)
-        if options.what == "run":
-            for name in sorted({task.data for task in suite.tasks}):
-                DATA[name](options.data_dir, 1, "cpu").prepare_data()
-    except (ValueError, RuntimeError) as error:  # of data that cannot be downloaded, too
-        print(error, file=sys.stderr)
-        return 2
-    folder = options.results / suite.name
-    work = options.work / suite.name
-    work.mkdir(parents=True, exist_ok=True)
-    folders = Folders(options.data_dir, folder / "records", work)
-    if options.what == "run":
-        until = time.time() + 60 * options.minutes
-        try:
-            done = run_suite(suite, folders, options.device, options.workers, until)
-        except OSError as error:
-            print(error, file=sys.stderr)
-            return 1
-        return 0 if done else 1
-    if options.what == "latencies":
-        measure_all(folders.records, work, options.device)
-        return 0
-    records = read_records(folders.records)
-    command = f"python -m examples.benchmark --suite {suite.name}"
-    tuned = suite.values is None
-    if tuned:
-        text = report(suite, records, read_latencies(folder), command)
-    else:
-        text = grid_report(suite, records, command)
-    (folder / "README.md").write_text(text, encoding="utf-8")
-    for path in [folder / "README.md", *(draw if tuned else heat_maps)(suite, records, folder)]:
-        print(path)
-    return 0
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -13,23 +13,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
 
 from examples.benchmark.method_api import Count
 from examples.data.batches import Batches
+from examples.training import accuracy
 from lightning_wgsef.training.schedules import in_steps
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Batches) -> float:
-    """Share of right answers in percent, in evaluation mode; the mode is restored."""
-    training = model.training
-    model.eval()
-    device = next(model.parameters()).device
-    pairs = ((images.to(device), labels.to(device)) for images, labels in batches)
-    right = torch.stack([(model(images).argmax(1) == labels).sum() for images, labels in pairs])
-    model.train(training)
-    return 100 * int(right.sum()) / len(batches.labels)
 
 
 def total_steps(trainer: pl.Trainer) -> int:

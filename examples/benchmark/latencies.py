@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from examples.benchmark.records import read_record
+from examples.benchmark.records import Records
 from examples.benchmark.registry import NETWORKS
 from lightning_wgsef import measure_latency
 from lightning_wgsef.utils.files import atomic_write
@@ -39,19 +39,19 @@ def read_latencies(folder: Path) -> Latencies:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def measure_all(records: Path, work: Path, device: str) -> None:
+def measure_all(records: Records, work: Path, device: str) -> None:
     """Time each network against the dense one in turns, those that are built alike once.
 
     Args:
-        records: folder of the records; ``latencies.json`` is written beside it.
+        records: of the suite; ``latencies.json`` is written beside them.
         work: the suite's folder of work.
         device: "cpu" or "cuda".
     """
-    folder = records.parent
+    folder = records.path.parent
     known = read_latencies(folder)
     by_build: dict[str, list[list[float]]] = {}
     for path in tqdm(sorted(small_networks(work).glob("*")), unit="network"):
-        record = read_record(records / f"{path.name}.json")
+        record = records.get(path.name)
         if record is None:
             continue
         # What it reads was written by this benchmark on this machine.

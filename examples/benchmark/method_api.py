@@ -92,3 +92,28 @@ def counted(dense: Groups, arguments: dict[str, Any]) -> Count:
         return {layer.name: [alive[layer.name], layer.count] for layer in dense.layers}
 
     return count
+
+
+def by_filter(situation: Situation) -> dict[str, Any]:
+    """Arguments of `group_parameters` for a method that ties nothing."""
+    return {"grouping": "filter", "k": situation.task.k, "exclude": situation.task.exclude}
+
+
+def filters(situation: Situation, network: nn.Module) -> dict[str, tuple[nn.Module, int]]:
+    """Every layer whose filters a method without tied groups can prune, and how many stay."""
+    groups = group_parameters(network, **by_filter(situation))
+    modules = dict(network.named_modules())
+    return {x.name: (modules[x.name], int(x.budget)) for x in groups.layers}
+
+
+def count_rows(situation: Situation) -> Count:
+    """Counts rows of weights, whatever biases and norms make of them."""
+    layers = filters(situation, situation.network)
+
+    def count(network: nn.Module) -> Alive:
+        return {
+            name: [int(layer.weight.flatten(1).any(1).sum()), len(layer.weight)]
+            for name, (layer, _) in layers.items()
+        }
+
+    return count

@@ -1,8 +1,8 @@
 """The methods that compete, each with the one number that is tuned for it.
 
-All of them train for the same number of epochs, have half of them to become sparse, and meet the
-same budget at that point: those without a budget of their own are cut to it there. The second half
-fine-tunes what is left.
+All of them train for the same number of epochs, have the same share of them to become sparse, and
+meet the same budget at that point: those without a budget of their own are cut to it there. The
+rest of training fine-tunes what is left.
 """
 
 from __future__ import annotations
@@ -13,19 +13,13 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from examples.benchmark.baselines.classical import AdaHSPG, GradualMagnitude
-from examples.benchmark.baselines.rivals import (
-    TorchPruning,
-    magnitude_once,
-    pat_lasso,
-    pat_min_sparsity,
-    smaller_network,
-)
+from examples.benchmark.baselines.classical import AdaHSPG, GradualMagnitude, smaller_network
+from examples.benchmark.baselines.lightning_pruning import magnitude_once
+from examples.benchmark.baselines.pat import pat_lasso, pat_min_sparsity
+from examples.benchmark.baselines.torch_pruning import TorchPruning
 from examples.benchmark.method_api import Pruning, Situation
+from examples.benchmark.suite import Task
 from lightning_wgsef import GroupLasso, HalfSpace, Homotopy, WGSEFCallback
-
-FREEZE = 0.5
-"""Share of training after which the mask is fixed."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +31,26 @@ class Method:
         values: what is tried, the same number of them for every method.
         make: from a situation and one of the values.
         ours: is it one of this package's?
+        until_freeze: are ``values`` shares of the time until the freeze? What is tried then are
+            shares of training.
     """
 
     tuned: str
     values: tuple[float, ...]
     make: Callable[[Situation, float], Pruning]
     ours: bool = False
+    until_freeze: bool = False
+
+    def tried(self, task: Task) -> tuple[float, ...]:
+        """The values that are tried on a task."""
+        scale = task.freeze if self.until_freeze else 1.0
+        return tuple(value * scale for value in self.values)
 
 
 RATES = (0.5, 1.0, 2.0)
 LASSO = (1e-3, 3e-3, 1e-2)
 PENALTY = (3e-3, 3e-2, 3e-1)
+START = (1e-5, 1e-4, 1e-3)
 
 
 def _callback(callback: pl.Callback) -> Pruning:
@@ -59,75 +62,76 @@ def _wgsef(situation: Situation, grouping: Any, scope: str, **arguments: Any) ->
     return Pruning([WGSEFCallback(**groups, **arguments)], groups=groups)
 
 
+def _homotopy(situation: Situation, start: float) -> dict[str, Any]:
+    return {"lam": Homotopy(start, situation.task.freeze)}
+
+
+def _constant(situation: Situation, lam: float, **arguments: Any) -> dict[str, Any]:
+    return {"lam": lam, "freeze": situation.task.freeze, **arguments}
+
+
+def _half_space(situation: Situation, epsilon: float) -> HalfSpace:
+    return HalfSpace(epsilon, situation.task.freeze / 2)
+
+
+Way = Callable[[Situation, float], dict[str, Any]]
+
+
 def _ours() -> dict[str, Method]:
     """Four ways to weaken groups, times two groupings, times a budget a layer or one for all."""
-    ways: dict[str, tuple[str, tuple[float, ...], Callable[[float], dict[str, Any]]]] = {
-        "homotopy": ("start", (1e-5, 1e-4, 1e-3), lambda x: {"lam": Homotopy(x, FREEZE)}),
-        "paper": ("lam", PENALTY, lambda x: {"lam": x, "freeze": FREEZE}),
+    ways: dict[str, tuple[str, tuple[float, ...], Way]] = {
+        "homotopy": ("start", START, _homotopy),
+        "paper": ("lam", PENALTY, _constant),
         "paper, half-space": (
             "lam",
             PENALTY,
-            lambda x: {"lam": x, "freeze": FREEZE, "half_space": HalfSpace(0.0, FREEZE / 2)},
+            lambda s, x: _constant(s, x, half_space=_half_space(s, 0.0)),
         ),
-        "unbiased": ("lam", PENALTY, lambda x: {"lam": x, "freeze": FREEZE, "debias": 1.0}),
+        "unbiased": ("lam", PENALTY, lambda s, x: _constant(s, x, debias=1.0)),
     }
-    methods = {}
-    for way, (tuned, values, arguments) in ways.items():
-        for kind in ("structure", "channel"):
-            for scope in ("layer", "global"):
-                grouping = None if kind == "structure" else kind
 
-                def make(
-                    situation: Situation,
-                    value: float,
-                    arguments: Any = arguments,
-                    grouping: Any = grouping,
-                    scope: str = scope,
-                ) -> Pruning:
-                    return _wgsef(situation, grouping, scope, **arguments(value))
+    def method(
+        tuned: str, values: tuple[float, ...], way: Way, kind: str, scope: str, **more: Any
+    ) -> Method:
+        grouping = None if kind == "structure" else kind
+        return Method(
+            tuned, values, lambda s, x: _wgsef(s, grouping, scope, **way(s, x), **more), ours=True
+        )
 
-                methods[f"{way}, {kind}, {scope}"] = Method(tuned, values, make, ours=True)
+    methods = {
+        f"{name}, {kind}, {scope}": method(tuned, values, way, kind, scope)
+        for name, (tuned, values, way) in ways.items()
+        for kind in ("structure", "channel")
+        for scope in ("layer", "global")
+    }
     for metric in ("auto", "group"):
-
-        def in_metric(situation: Situation, value: float, metric: str = metric) -> Pruning:
-            return _wgsef(situation, None, "layer", lam=Homotopy(value, FREEZE), metric=metric)
-
-        methods[f"homotopy, structure, layer, metric {metric}"] = Method(
-            "start", (1e-5, 1e-4, 1e-3), in_metric, ours=True
+        more = {"metric": metric}
+        methods[f"homotopy, structure, layer, metric {metric}"] = method(
+            "start", START, _homotopy, "structure", "layer", **more
+        )
+        # D is of the size of gradients, so that the same lam weighs more.
+        methods[f"paper, structure, layer, metric {metric}"] = method(
+            "lam", (1e-4, 1e-3, 1e-2), _constant, "structure", "layer", **more
         )
     for weights in ("uniform", "size", "sqrt_size"):
-
-        def by(situation: Situation, value: float, weights: str = weights) -> Pruning:
-            lam = Homotopy(value, FREEZE)
-            return _wgsef(situation, None, "global", lam=lam, weights=weights)
-
-        name = f"homotopy, structure, global, weights {weights}"
-        methods[name] = Method("start", (1e-5, 1e-4, 1e-3), by, ours=True)
-    methods["homotopy by length, structure, layer"] = Method(
-        "length",
-        (0.3, 0.5, 0.7),
-        lambda s, x: _wgsef(s, None, "layer", lam=Homotopy(length=x)),
-        ours=True,
+        methods[f"homotopy, structure, global, weights {weights}"] = method(
+            "start", START, _homotopy, "structure", "global", weights=weights
+        )
+    methods["homotopy by length, structure, layer"] = method(
+        "length", (0.3, 0.5, 0.7), lambda s, x: {"lam": Homotopy(length=x)}, "structure", "layer"
     )
     return methods
 
 
 def _lasso(situation: Situation, value: float, half_space: HalfSpace | None) -> Pruning:
-    return _wgsef(
-        situation,
-        None,
-        "layer",
-        lam=value,
-        penalty=GroupLasso(),
-        freeze=FREEZE,
-        half_space=half_space,
-    )
+    arguments = _constant(situation, value, penalty=GroupLasso(), half_space=half_space)
+    return _wgsef(situation, None, "layer", **arguments)
 
 
 def _hesso(situation: Situation, value: float) -> Pruning:
     from examples.benchmark.baselines.hesso import hesso
 
-    return hesso(situation, value, FREEZE)
+    return hesso(situation, value)
 
 
 METHODS: dict[str, Method] = {
@@ -135,20 +139,21 @@ METHODS: dict[str, Method] = {
     "small from scratch": Method(
         "learning rate", RATES, lambda s, x: Pruning(network=smaller_network(s), lr=x)
     ),
-    "one-shot magnitude": Method("learning rate", RATES, lambda s, x: magnitude_once(s, x, FREEZE)),
+    "one-shot magnitude": Method("learning rate", RATES, magnitude_once),
     "gradual magnitude": Method(
-        "length", (0.3, 0.4, 0.5), lambda s, x: _callback(GradualMagnitude(x, **s.groups()))
+        "length",
+        (0.6, 0.8, 1.0),
+        lambda s, x: _callback(GradualMagnitude(x, **s.groups())),
+        until_freeze=True,
     ),
     "ProxSGD": Method("lam", LASSO, lambda s, x: _lasso(s, x, None)),
-    "HSPG": Method("lam", LASSO, lambda s, x: _lasso(s, x, HalfSpace(0.9, FREEZE / 2))),
-    "AdaHSPG+": Method("lam", LASSO, lambda s, x: _callback(AdaHSPG(x, **s.groups(freeze=FREEZE)))),
-    "PAT, minimum sparsity": Method(
-        "warm-up", (0.0, 0.1, 0.25), lambda s, x: pat_min_sparsity(s, x, FREEZE)
+    "HSPG": Method("lam", LASSO, lambda s, x: _lasso(s, x, _half_space(s, 0.9))),
+    "AdaHSPG+": Method(
+        "lam", LASSO, lambda s, x: _callback(AdaHSPG(x, **s.groups(freeze=s.task.freeze)))
     ),
-    "PAT, group lasso": Method("lam", LASSO, lambda s, x: pat_lasso(s, x, FREEZE)),
-    "Torch-Pruning": Method(
-        "reg", (1e-4, 1e-3, 1e-2), lambda s, x: TorchPruning(s, x, FREEZE).pruning()
-    ),
+    "PAT, minimum sparsity": Method("warm-up", (0.0, 0.1, 0.25), pat_min_sparsity),
+    "PAT, group lasso": Method("lam", LASSO, pat_lasso),
+    "Torch-Pruning": Method("reg", (1e-4, 1e-3, 1e-2), lambda s, x: TorchPruning(s, x).pruning()),
     "HESSO": Method("start", (0.0, 0.1, 0.25), _hesso),
     **_ours(),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record
-from examples.benchmark.report import runs_of
+from examples.benchmark.report import grid, runs_of
 from examples.benchmark.suite import Suite, Task
 
 SHOWN = (
@@ -32,7 +33,7 @@ SHOWN = (
 
 
 def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
-    """For every task that was run, accuracy against operations and curves, as SVG and PNG."""
+    """For every task that was run, accuracy against operations and curves, as SVG."""
     written: list[Path] = []
     for task in suite.tasks:
         found = {method: runs_of(records, task, method) for method in suite.methods}
@@ -51,19 +52,16 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
             title_fontsize=7,
         )
         figure.suptitle(f"{task.network} on {task.data}, {task.budget()}")
-        written += save(figure, folder / task.name)
+        written.append(save(figure, folder / f"{task.name}.svg"))
     return written
 
 
-def save(figure: Figure, path: Path) -> list[Path]:
-    """The two files of a figure, as SVG and PNG."""
-    paths = [path.with_name(f"{path.name}.{ending}") for ending in ("svg", "png")]
-    with matplotlib.rc_context({"svg.hashsalt": "benchmark"}):  # the same file every time
-        for each in paths:
-            metadata = {"Date": None} if each.suffix == ".svg" else None
-            figure.savefig(each, dpi=110, metadata=metadata)
+def save(figure: Figure, path: Path) -> Path:
+    """Write a figure, the same file every time; its path."""
+    with matplotlib.rc_context({"svg.hashsalt": "benchmark"}):
+        figure.savefig(path, dpi=110, metadata={"Date": None})
     pyplot.close(figure)
-    return paths
+    return path
 
 
 def _against_operations(axes: Axes, found: dict[str, list[Record]]) -> None:
@@ -96,8 +94,36 @@ def _curves(axes: Axes, found: dict[str, list[Record]], task: Task) -> None:
             curves = [run["validation"] for run in found[method]]
             means = [statistics.mean(values) for values in zip(*curves, strict=True)]
             axes.plot(range(1, len(means) + 1), means, marker=".", label=method)
-    axes.axvline(task.epochs / 2, color="grey", linestyle=":", label="the mask is fixed")
+    axes.axvline(task.epochs * task.freeze, color="grey", linestyle=":", label="the mask is fixed")
     axes.set_xlabel("epoch")
     axes.set_ylabel("validation accuracy, %")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=7)
+
+
+def heat_maps(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
+    """One map a method, of values and budgets, as SVG."""
+    assert suite.values is not None
+    columns = len(suite.methods)
+    figure, plots = pyplot.subplots(1, columns, figsize=(4 * columns, 4.5), layout="constrained")
+    everything = [record["test_accuracy"] for record in records if not record["trial"]]
+    for axes, method in zip(plots, suite.methods, strict=True):
+        cells = grid(suite, records, method)
+        means = [[_mean(runs) if runs else math.nan for runs in row] for row in cells]
+        image = axes.imshow(means, aspect="auto", vmin=min(everything), vmax=max(everything))
+        axes.set_xticks(range(len(suite.tasks)), [task.name for task in suite.tasks], fontsize=8)
+        values = suite.values[method]
+        axes.set_yticks(range(len(values)), [f"{value:g}" for value in values])
+        axes.set_ylabel(METHODS[method].tuned)
+        axes.set_title(method, fontsize=9)
+        for row, line in enumerate(means):
+            for column, mean in enumerate(line):
+                colour = "white" if image.norm(mean) < 0.5 else "black"
+                where = {"ha": "center", "va": "center", "fontsize": 8}
+                axes.text(column, row, f"{mean:.1f}", color=colour, **where)
+    figure.colorbar(image, ax=plots, label="test accuracy, %")
+    return [save(figure, folder / f"{suite.name}.svg")]
+
+
+def _mean(runs: list[Record]) -> float:
+    return statistics.mean(run["test_accuracy"] for run in runs)

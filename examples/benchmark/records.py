@@ -1,39 +1,79 @@
-"""Records of finished runs: one JSON file each, which is whole or not there."""
+"""Records of finished runs: a file of JSON lines for every suite, which only ever grows."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_wgsef.utils.files import atomic_write
-
 Record = dict[str, Any]
 
 
-def write_record(path: Path, record: Record) -> None:
-    """Write a record; the file gets its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+class Records:
+    """The records in a file, by the names of their runs.
 
+    A record is appended by one write, so that several processes may do it at a time. A line that
+    cannot be read is passed over with a message, and its run is repeated; a last line without an
+    end is not there yet.
 
-def read_record(path: Path) -> Record | None:
-    """The record of a finished run; None if there is none.
-
-    One that cannot be read is set aside, with a message.
+    Args:
+        path: of the file; it need not be there.
     """
-    if not path.exists():
-        return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or "name" not in record:
-            raise ValueError("it is no record")
-    except (ValueError, UnicodeDecodeError) as error:
-        set_aside(path, str(error))
-        return None
-    return record
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, Record] = {}
+        self._lines = self._bytes = 0
+
+    def get(self, name: str) -> Record | None:
+        """The record of a run; None if it is not finished."""
+        self._read()
+        return self._known.get(name)
+
+    def all(self) -> list[Record]:
+        """All records, in the order of their names."""
+        self._read()
+        return [self._known[name] for name in sorted(self._known)]
+
+    def append(self, record: Record) -> None:
+        """Add the record of a run.
+
+        Raises:
+            OSError: the disk is full; what was there is intact.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        line = f"{json.dumps(record)}\n".encode()
+        with self.path.open("a+b", buffering=0) as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # somebody was stopped in the middle of a line
+                    line = b"\n" + line
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+
+    def _read(self) -> None:
+        """Read what was added since the last time."""
+        if not self.path.exists() or self.path.stat().st_size == self._bytes:
+            return
+        with self.path.open("rb") as file:
+            file.seek(self._bytes)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    break
+                self._bytes += len(line)
+                self._lines += 1
+                try:
+                    record = json.loads(line)
+                    self._known[record["name"]] = record
+                except (ValueError, TypeError, KeyError) as error:
+                    print(
+                        f"line {self._lines} of {self.path} is damaged ({error}); its run is "
+                        "repeated",
+                        file=sys.stderr,
+                    )
 
 
 def set_aside(path: Path, reason: str) -> None:

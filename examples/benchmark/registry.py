@@ -9,7 +9,7 @@ from torch import nn
 
 from examples.data.modules import CIFAR10, CIFAR100, Digits, FashionMNIST, InMemory
 from examples.models.densenet import DenseNet40
-from examples.models.lenet import LeNet5, SmallConvNet
+from examples.models.lenet import FiveLayerBatchNorm, LeNet5, LeNet5BatchNorm, SmallConvNet
 from examples.models.mobilenet import MobileNetV1
 from examples.models.resnet import CifarResNet, ResNet18
 from examples.models.vgg import VGG
@@ -18,6 +18,8 @@ from examples.models.vit import VisionTransformer
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "small-conv": SmallConvNet,
     "lenet5": LeNet5,
+    "lenet5-batchnorm": LeNet5BatchNorm,
+    "five-layer-batchnorm": FiveLayerBatchNorm,
     "vgg": VGG,
     "resnet18": ResNet18,
     "cifar-resnet": CifarResNet,

@@ -4,22 +4,14 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from examples.benchmark.latencies import BATCHES, Latencies
 from examples.benchmark.methods import METHODS
-from examples.benchmark.records import Record, read_record
+from examples.benchmark.records import Record
 from examples.benchmark.suite import WITHOUT_BUDGET, Suite, Task
 
 REFERENCE = "homotopy, structure, layer"
 """What all others are compared with, seed by seed."""
-
-
-def read_records(folder: Path) -> list[Record]:
-    """All records that can be read."""
-    return [record for path in sorted(folder.glob("*.json")) if (record := read_record(path))]
 
 
 def runs_of(records: Iterable[Record], task: Task, method: str) -> list[Record]:
@@ -149,16 +141,57 @@ def described(task: Task) -> str:
     network = f"{task.network} ({made})" if made else task.network
     share = task.share_of_epoch
     images = "" if share == 1 else f" of {share:.0%} of the training images"
+    fixed = "half" if task.freeze == 0.5 else f"{task.freeze:.0%}"
     return (
         f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs{images}, the mask "
-        f"fixed after half of them, {task.optimizer} from {task.lr:g}"
+        f"fixed after {fixed} of them, {task.optimizer} from {task.lr:g}"
     )
 
 
 def _same_task(record: Record, task: Task) -> bool:
-    """Whether it was run like this; what concerns the budget is nothing to the dense network."""
-    free = {"skip"}
-    if record["method"] in WITHOUT_BUDGET:
-        free |= {"name", "k", "structure", "exclude"}
-    own: dict[str, Any] = record["task"]
-    return all(own[key] == value for key, value in asdict(task).items() if key not in free)
+    """Whether it was run like this; the dense network has no budget, and counts for all of them."""
+    method, own = record["method"], Task(**record["task"])
+    named = method in WITHOUT_BUDGET or own.name == task.name
+    return named and own.settings(method) == task.settings(method)
+
+
+def grid_report(suite: Suite, records: list[Record], command: str) -> str:
+    """For every method its values times the tasks, as Markdown."""
+    assert suite.values is not None
+    seeds = len(suite.seeds)
+    over = "one seed" if seeds == 1 else f"mean ± standard deviation over {seeds} seeds"
+    lines = [*origin(suite, records, command), ""]
+    lines += [f"- {task.name}: {described(task)}." for task in suite.tasks]
+    lines += [
+        "",
+        f"Where the length is varied, the mask is fixed at its end. Test accuracy, {over}.",
+    ]
+    lines += ["", f"![Test accuracy over values and budgets]({suite.name}.svg)"]
+    for method in suite.methods:
+        rows = [
+            [f"{value:g}", *map(_cell, suite.tasks, row)]
+            for value, row in zip(suite.values[method], grid(suite, records, method), strict=True)
+        ]
+        header = [METHODS[method].tuned, *(task.name for task in suite.tasks)]
+        lines += ["", f"## {method}", "", *table(header, rows)]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(task: Task, runs: list[Record]) -> str:
+    if not runs:
+        return "-"
+    accuracy = spread([run["test_accuracy"] for run in runs])
+    if not (isinstance(task.k, float) and task.k == 1):
+        return accuracy
+    alive = spread([sum(count for count, _ in run["alive"][-1].values()) for run in runs])
+    return f"{accuracy}, {alive} of {runs[0]['budget']:g} groups alive"
+
+
+def grid(suite: Suite, records: list[Record], method: str) -> list[list[list[Record]]]:
+    """The runs that count, for every value and task a list over seeds."""
+    assert suite.values is not None
+    found = [runs_of(records, task, method) for task in suite.tasks]
+    return [
+        [[run for run in runs if run["value"] == value] for runs in found]
+        for value in suite.values[method]
+    ]

@@ -24,12 +24,12 @@ from torch import nn
 from examples.benchmark.callbacks import Checkpoint, Clock, CosineRate, Watch, accuracy, total_steps
 from examples.benchmark.latencies import save_small, small_networks
 from examples.benchmark.method_api import Pruning, Situation, counted
-from examples.benchmark.methods import FREEZE, METHODS
+from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record, set_aside
 from examples.benchmark.registry import DATA, NETWORKS
 from examples.benchmark.suite import Run
 from examples.data.modules import InMemory
-from examples.models.lenet import Classifier
+from examples.training import Classifier
 from lightning_wgsef import group_parameters, network_report, slim
 
 PLAIN_STEPS = 30
@@ -91,7 +91,7 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
     model = Trained(network, run, pruning, data.num_classes)
     groups = group_parameters(original, **(pruning.groups or situation.groups()))
     count = pruning.count or counted(groups, pruning.groups or situation.groups())
-    watch = Watch(data.val_dataloader(), count, FREEZE)
+    watch = Watch(data.val_dataloader(), count, run.task.freeze)
     checkpoint = work / "last.ckpt"
     clock = Clock(None if run.trial else lambda: plain_seconds(original, run, data, device))
     callbacks = [CosineRate(model.lr), clock, *pruning.callbacks, watch, Checkpoint(checkpoint)]

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import errno
-import math
 import multiprocessing
 import os
 import sys
 import time
 import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 from tqdm import tqdm
 
 from examples.benchmark.methods import METHODS
-from examples.benchmark.records import Record, read_record, write_record
+from examples.benchmark.records import Record, Records
 from examples.benchmark.suite import Run, Suite, Task
 
 NO_SPACE = 28
@@ -35,26 +34,20 @@ class Folders:
     """
 
     data: Path
-    records: Path
+    records: Records
     work: Path
-    _known: dict[str, Record] = field(default_factory=dict)
 
     def record(self, run: Run) -> Record | None:
-        """Of a run, if it is finished; it is read once."""
-        if run.name not in self._known:
-            if (record := read_record(self.records / f"{run.name}.json")) is None:
-                return None
-            self._known[run.name] = record
-        return self._known[run.name]
+        """Of a run, if it is finished."""
+        return self.records.get(run.name)
 
 
 def trials(suite: Suite, task: Task, method: str) -> list[Run]:
     """The runs that tune a method: one for each of its values."""
     if suite.values is not None:
         return []
-    epochs = max(2, 2 * math.ceil(task.epochs * suite.trial_share / 2))
-    shorter = replace(task, epochs=epochs)
-    values = METHODS[method].values
+    shorter = task.shorter(suite.trial_share)
+    values = METHODS[method].tried(task)
     return [Run(shorter, method, value, suite.trial_seed, trial=True) for value in values]
 
 
@@ -99,7 +92,7 @@ def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: 
         until: no run is started after this moment, in seconds since the epoch.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["examples.benchmark.protocol"])
+    context.set_forkserver_preload(["examples.benchmark.run"])
     active: dict[str, tuple[Run, BaseProcess]] = {}
     failed: set[str] = set()
     with tqdm(total=_epochs(suite), unit="epoch", desc=suite.name, mininterval=5) as bar:
@@ -145,7 +138,7 @@ def _work(run: Run, folders: Folders, device: str) -> None:
     reason.unlink(missing_ok=True)
     try:
         record = execute(run, folders.data, folders.work / run.name, device)
-        write_record(folders.records / f"{run.name}.json", record)
+        folders.records.append(record)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             sys.exit(NO_SPACE)

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+import math
+from argparse import ArgumentError
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import yaml
+from jsonargparse import ArgumentParser
 
 SUITES = Path(__file__).parent / "suites"
+WITHOUT_BUDGET = ("dense",)
+YOUNGER = ("freeze",)
 
 
 @dataclass(frozen=True)
@@ -22,9 +28,9 @@ class Task:
 
     Attributes:
         name: what it is called.
-        network: a name in `examples.benchmark.networks`.
+        network: a name in `examples.benchmark.registry`.
         arguments: what the network is made with.
-        data: a name in `examples.benchmark.networks`.
+        data: a name in `examples.benchmark.registry`.
         k: share of the groups that stay; or for patterns of layers, how many of theirs.
         epochs: in total, what is fine-tuned included.
         structure: the grouping that ties what is removed together, by name or by patterns.
@@ -35,13 +41,14 @@ class Task:
         batch_size: images of a training batch.
         precision: Lightning's name of it.
         share_of_epoch: how much of the training images an epoch is; 1.0: all.
+        freeze: share of the epochs after which masks are fixed.
         skip: methods that cannot do this task, with the reason.
     """
 
     name: str
     network: str
     data: str
-    k: float | dict[str, float]
+    k: int | float | dict[str, int | float]
     epochs: int
     arguments: dict[str, Any] = field(default_factory=dict)
     structure: str | dict[str, str] = "structure"
@@ -52,7 +59,28 @@ class Task:
     batch_size: int = 128
     precision: str = "32-true"
     share_of_epoch: float = 1.0
+    freeze: float = 0.5
     skip: dict[str, str] = field(default_factory=dict)
+
+    def settings(self, method: str) -> dict[str, Any]:
+        """All that matters to a run, and no name; what concerns the budget is nothing to "dense".
+
+        Settings that are younger than the first records stand here where they are used.
+        """
+        found = {**asdict(self), "name": ""}
+        del found["skip"]
+        for entry in fields(self):
+            if entry.name in YOUNGER and found[entry.name] == entry.default:
+                del found[entry.name]
+        if method in WITHOUT_BUDGET:
+            found |= {"k": 0, "structure": "", "exclude": ""}
+        return found
+
+    def shorter(self, share: float) -> Task:
+        """The same with about that share of the epochs, the mask fixed between two of them."""
+        whole = Fraction(self.freeze).limit_denominator(100).denominator
+        epochs = whole * max(1, math.ceil(self.epochs * share / whole))
+        return replace(self, epochs=epochs)
 
     def budget(self) -> str:
         """In words."""
@@ -86,18 +114,13 @@ class Run:
     @property
     def name(self) -> str:
         """What its record is called; other settings have other names."""
-        content = {**asdict(self), "task": {**asdict(self.task), "name": ""}}
-        del content["task"]["skip"]
-        if self.method in WITHOUT_BUDGET:  # the same for every budget
-            content["task"] |= {"k": 0, "structure": "", "exclude": ""}
+        content = {**asdict(self), "task": self.task.settings(self.method)}
         digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
         kind = "trial" if self.trial else "run"
-        task = f"{self.task.network}-{self.task.data}" if content["task"]["k"] == 0 else ""
-        parts = [task or self.task.name, self.method, f"{self.value:g}", f"seed{self.seed}"]
+        every = f"{self.task.network}-{self.task.data}"  # the same for every budget
+        task = every if self.method in WITHOUT_BUDGET else self.task.name
+        parts = [task, self.method, f"{self.value:g}", f"seed{self.seed}"]
         return "-".join([*parts, kind, digest]).replace(" ", "_")
-
-
-WITHOUT_BUDGET = ("dense",)
 
 
 @dataclass(frozen=True)
@@ -123,6 +146,30 @@ class Suite:
     trial_share: float = 0.5
     values: dict[str, list[float]] | None = None
 
+    def only(
+        self, tasks: Sequence[str] = (), methods: Sequence[str] = (), seeds: Sequence[int] = ()
+    ) -> Suite:
+        """A part of it.
+
+        Args:
+            tasks: names or patterns of names; none: all.
+            methods: names or patterns of names; none: all.
+            seeds: of the runs that count; none: all.
+
+        Raises:
+            ValueError: nothing in the suite is called that; the message lists what there is.
+        """
+        names = _matching("--task", tasks, [task.name for task in self.tasks])
+        for seed in seeds:
+            if seed not in self.seeds:
+                raise ValueError(f"--seed must be one of {list(self.seeds)}, got {seed}")
+        return replace(
+            self,
+            tasks=tuple(task for task in self.tasks if task.name in names),
+            methods=tuple(_matching("--method", methods, self.methods)),
+            seeds=tuple(seeds) or self.seeds,
+        )
+
 
 def known_suites() -> list[str]:
     """Names of the suites that come along."""
@@ -146,38 +193,38 @@ def read_suite(name: str, known: Mapping[str, Iterable[str]]) -> Suite:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not YAML: {error}") from error
-    if not isinstance(content, dict) or not {"tasks", "methods"} <= content.keys():
+    if not (
+        isinstance(content, dict)
+        and isinstance(content.get("tasks"), dict)
+        and isinstance(content.get("methods"), list)
+    ):
         raise ValueError(f"{path} must have 'tasks' and 'methods'")
-    defaults = content.pop("defaults", {})
-    tasks = []
-    for task, own in content.pop("tasks").items():
-        settings = {**defaults, **own}
-        _check_keys(f"{path}: task {task!r}", settings, Task)
-        for key in ("network", "data"):
-            _check_known(key, settings[key], known[key])
-        tasks.append(Task(name=task, **settings))
+    defaults, tasks = content.pop("defaults", {}), content.pop("tasks")
     for method in content["methods"]:
         _check_known("method", method, known["methods"])
-    _check_keys(str(path), content, Suite)
-    lists = {key: tuple(value) for key, value in content.items() if isinstance(value, list)}
-    return Suite(name=path.stem, tasks=tuple(tasks), **{**content, **lists})
+    for method in content["methods"] if content.get("values") else ():
+        _check_known("a method with values", method, content["values"])
+    suite = Suite(path.stem, (), **_parsed(Suite, content, str(path), {"name", "tasks"}))
+    for name, own in tasks.items():
+        settings = {**defaults, **(own or {})}
+        parsed = _parsed(Task, settings, f"{path}: task {name!r}", {"name"})
+        for key in ("network", "data"):
+            _check_known(key, settings[key], known[key])
+        suite = replace(suite, tasks=(*suite.tasks, Task(name, **parsed)))
+    return suite
 
 
-def _check_keys(where: str, settings: dict[str, Any], kind: type) -> None:
-    fields = {entry.name: entry for entry in dataclasses.fields(kind)} | {"tasks": None}
+def _parsed(kind: type, settings: dict[str, Any], where: str, given: set[str]) -> dict[str, Any]:
+    """What ``kind`` is made with besides ``given``, of the types that it declares."""
+    names = {entry.name for entry in fields(kind)} - given
     for key in settings:
-        if key not in fields:
-            raise ValueError(f"{where}: {key!r} is not known, but {sorted(fields)} are")
-    needed = [
-        name
-        for name, entry in fields.items()
-        if entry is not None
-        and entry.default is dataclasses.MISSING
-        and entry.default_factory is dataclasses.MISSING
-    ]
-    missing = [name for name in needed if name not in {*settings, "name", "tasks"}]
-    if missing:
-        raise ValueError(f"{where} lacks {missing}")
+        _check_known(f"{where}: a setting", key, names)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(kind, skip=given)
+    try:
+        return parser.parse_object(settings).as_dict()
+    except ArgumentError as error:
+        raise ValueError(f"{where}: {error}") from error
 
 
 def _check_known(what: str, name: str, known: Iterable[str]) -> None:
@@ -185,3 +232,11 @@ def _check_known(what: str, name: str, known: Iterable[str]) -> None:
         near = difflib.get_close_matches(str(name), names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"{what} must be one of {names}, got {name!r}{hint}")
+
+
+def _matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> list[str]:
+    """The names that one of the patterns is, or fits; all where there is none."""
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            _check_known(option, pattern, names)
+    return [name for name in names if not patterns or any(fnmatchcase(name, x) for x in patterns)]

@@ -1,79 +1,12 @@
-"""Three small networks and the LightningModule that trains any of them as a classifier."""
+"""LeNet-5 and other small networks of convolutions in a row."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, max_pool2d, relu
-from torchmetrics.classification import MulticlassAccuracy
-
-Batch = tuple[Tensor, Tensor]
-
-
-class Classifier(pl.LightningModule):
-    """Trains a network with cross-entropy; logs train/loss, val/accuracy and test/accuracy.
-
-    Args:
-        network: Gives logits (batch, classes) for images.
-        lr: Learning rate.
-        optimizer: ``"adam"`` or ``"sgd"`` (momentum 0.9).
-        weight_decay: The optimizer's own, on all parameters.
-        num_classes: How many classes there are.
-
-    Raises:
-        ValueError: another optimizer is named.
-    """
-
-    def __init__(
-        self,
-        network: nn.Module,
-        lr: float = 1e-3,
-        optimizer: str = "adam",
-        *,
-        weight_decay: float = 0.0,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        if optimizer not in ("adam", "sgd"):
-            raise ValueError(f'optimizer must be "adam" or "sgd", got {optimizer!r}')
-        self.save_hyperparameters(ignore="network")
-        self.network = network
-        self.lr = lr
-        self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
-        self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Returns the network's logits."""
-        return self.network(images)
-
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the batch's cross-entropy."""
-        images, labels = batch
-        loss = cross_entropy(self(images), labels)
-        self.log("train/loss", loss, batch_size=len(labels))
-        return loss
-
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Counts what the network gets right."""
-        images, labels = batch
-        self.val_accuracy.update(self(images), labels)
-        self.log("val/accuracy", self.val_accuracy, prog_bar=True, batch_size=len(labels))
-
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Counts what the network gets right."""
-        images, labels = batch
-        self.test_accuracy.update(self(images), labels)
-        self.log("test/accuracy", self.test_accuracy, batch_size=len(labels))
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Returns the optimizer that was named."""
-        decay = self.hparams["weight_decay"]
-        if self.hparams["optimizer"] == "sgd":
-            return torch.optim.SGD(self.parameters(), self.lr, momentum=0.9, weight_decay=decay)
-        return torch.optim.Adam(self.parameters(), self.lr, weight_decay=decay)
+from torch.nn.functional import max_pool2d, relu
 
 
 class SmallConvNet(nn.Module):
@@ -120,6 +53,30 @@ class LeNet5(nn.Module):
         x = max_pool2d(relu(self.conv2(x)), 2)
         x = relu(self.fc1(x.flatten(1)))
         x = relu(self.fc2(x))
+        return self.fc3(x)
+
+
+class LeNet5BatchNorm(nn.Module):
+    """LeNet-5 with a BatchNorm before every ReLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 6, 5, padding=2)
+        self.norm1 = nn.BatchNorm2d(6)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.norm2 = nn.BatchNorm2d(16)
+        self.fc1 = nn.Linear(400, 120)
+        self.norm3 = nn.BatchNorm1d(120)
+        self.fc2 = nn.Linear(120, 84)
+        self.norm4 = nn.BatchNorm1d(84)
+        self.fc3 = nn.Linear(84, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Returns logits (batch, 10)."""
+        x = max_pool2d(relu(self.norm1(self.conv1(images))), 2)
+        x = max_pool2d(relu(self.norm2(self.conv2(x))), 2)
+        x = relu(self.norm3(self.fc1(x.flatten(1))))
+        x = relu(self.norm4(self.fc2(x)))
         return self.fc3(x)
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits, max_pool2d
 from torchmetrics.classification import BinaryJaccardIndex
 
 from examples.data.modules import FashionMNIST
-from examples.models.lenet import Batch
+from examples.training import Batch
 
 
 class TwoConvolutions(nn.Sequential):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from examples import sparse_learning
 from examples.benchmark.baselines.classical import AdaHSPG, hspg, prox_sgd
 from examples.data.batches import Batches
-from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
 from tests.helpers.trainers import make_trainer
 
 LR = 0.5
@@ -235,16 +232,3 @@ def test_gradients_cannot_be_accumulated() -> None:
     trainer = make_trainer([AdaHSPG(0.1, loss=classify)], accumulate_grad_batches=2)
     with pytest.raises(ValueError, match="accumulate_grad_batches must be 1, got 2"):
         trainer.fit(Trained(perceptron(), classify), examples())
-
-
-@needs_fashion_mnist
-def test_sparse_learning_compares_runs() -> None:
-    _, plain, projected, *_ = sparse_learning.COMPARED
-    heavy = [replace(setting, lam=1.0) for setting in (plain, projected)]
-    records = [sparse_learning.run(x, FASHION_MNIST, limit_batches=0.01) for x in heavy]
-    for record in records:
-        assert set(record["zero"]) == {f"network.{n}" for n in ("conv1", "conv2", "fc1", "fc2")}
-        assert sum(record["zero"].values()) > 0
-    table = sparse_learning.tables([{**record, "lam": plain.lam} for record in records])
-    assert "| LeNet-5 | ProxSGD | " in table
-    assert "| LeNet-5 | HSPG | " in table

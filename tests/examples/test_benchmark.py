@@ -18,15 +18,18 @@ import torch
 
 from examples.benchmark import run as protocol
 from examples.benchmark.__main__ import main
-from examples.benchmark.baselines.rivals import smaller_network
+from examples.benchmark.baselines.classical import smaller_network
 from examples.benchmark.callbacks import Checkpoint
 from examples.benchmark.method_api import Situation, counted
 from examples.benchmark.methods import METHODS
-from examples.benchmark.records import read_record
+from examples.benchmark.records import Records
 from examples.benchmark.registry import DATA, NETWORKS
+from examples.benchmark.report import described
 from examples.benchmark.suite import Run, Task, read_suite
+from examples.training import Classifier, accuracy, quiet_trainer
 from lightning_wgsef import group_parameters
 from tests.helpers.benchmark_runs import WRITE, stopping
+from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
 
 ROOT = Path(__file__).parents[2]
 TASK = Task(
@@ -185,12 +188,10 @@ def test_a_killed_suite_loses_one_epoch_at_most(
     assert saved < 6
     again = start(tmp_path)
     assert again.wait(timeout=300) == 0
-    records = sorted((tmp_path / "results" / "small" / "records").glob("*.json"))
+    records = Records(tmp_path / "results" / "small" / "records.jsonl").all()
     assert len(records) == 4
     assert not list(work.glob("*/*.ckpt"))
-    for path in records:
-        record = read_record(path)
-        assert record is not None
+    for record in records:
         assert len(record["validation"]) == record["task"]["epochs"]
         assert record["trial"] or len(record["step_ratios"]) == record["task"]["epochs"]
     for what in ("latencies", "report"):
@@ -241,19 +242,14 @@ def epochs_in(checkpoint: Path) -> int:
         return -1
 
 
-def test_damaged_files_are_set_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record = tmp_path / "a.json"
-    record.write_text('{"name": "a", ')
-    assert read_record(record) is None
-    assert not record.exists()
-    assert (tmp_path / "a.json.damaged").exists()
+def test_a_damaged_checkpoint_is_set_aside(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     work = tmp_path / "work"
     work.mkdir()
     (work / "last.ckpt").write_bytes(b"half a checkpoint")
     assert execute(run_of("dense"), tmp_path)["test_accuracy"] > 50
-    said = capsys.readouterr().err
-    assert "a.json is damaged" in said
-    assert "last.ckpt is damaged" in said
+    assert "last.ckpt is damaged" in capsys.readouterr().err
 
 
 KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
@@ -266,13 +262,18 @@ KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
         ("tasks: {a: {network: lenet5, data: mnist, k: 1, epochs: 2}}\nmethods: []", "'digits'"),
         (
             "tasks: {a: {network: lenet5, data: digits, k: 1, epochs: 2, batch: 3}}\nmethods: []",
-            "'batch' is not known",
+            "must be one of ['arguments', 'batch_size', ",
         ),
-        ("tasks: {a: {network: lenet5, data: digits, k: 1}}\nmethods: []", "lacks ['epochs']"),
+        ("tasks: {a: {network: lenet5, data: digits, k: 1}}\nmethods: []", "required: epochs"),
         ("tasks: {}\nmethods: [homotopi]", "method must be one of"),
         ("tasks: {}", "must have 'tasks' and 'methods'"),
         ("tasks: [}", "is not YAML"),
-        ("tasks: {}\nmethods: []\nseed: 3", "'seed' is not known"),
+        ("tasks: {}\nmethods: []\nseed: 3", "'seed'; did you mean 'seeds'?"),
+        ("tasks: {a: {network: lenet5, data: digits, k: 1, epochs: many}}\nmethods: []", "epochs"),
+        ("tasks: {a: {network: lenet5, data: digits, k: x, epochs: 2}}\nmethods: []", "value: x"),
+        ("tasks: {a: }\nmethods: []", "task 'a': the following arguments are required: network"),
+        ("tasks: [a]\nmethods: []", "must have 'tasks' and 'methods'"),
+        ("tasks: {}\nmethods: [dense]\nvalues: {HSPG: [1]}", "values must be one of ['HSPG']"),
     ],
 )
 def test_bad_suites_say_what_is_known(tmp_path: Path, text: str, words: str) -> None:
@@ -292,7 +293,10 @@ def test_suites_that_come_along_can_be_read(path: Path) -> None:
     suite = read_suite(path.stem, KNOWN)
     assert suite.tasks
     for task in suite.tasks:
-        assert task.epochs % 2 == 0, "the mask is fixed between two epochs"
+        for part in (task, task.shorter(suite.trial_share)):
+            fixed = part.freeze * part.epochs
+            assert fixed == int(fixed), "the mask is fixed between two epochs"
+            assert part.epochs <= task.epochs
 
 
 def test_data_that_are_absent_are_named_before_anything_trains(tmp_path: Path) -> None:
@@ -320,3 +324,125 @@ def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
     done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1
     assert "failed: ValueError: example_input must be what LeNet5" in done.stdout + done.stderr
+
+
+def test_a_count_stays_a_count_and_a_share_a_share(tmp_path: Path) -> None:
+    path = tmp_path / "suite.yaml"
+    one = "{network: lenet5, data: digits, epochs: 2, k: %s}"
+    values = {"a": "1", "b": "1.0", "c": '{"*fc1": 3, "*fc2": 0.5}'}
+    tasks = ", ".join(f"{name}: {one % k}" for name, k in values.items())
+    path.write_text(f"tasks: {{{tasks}}}\nmethods: []")
+    found = [task.k for task in read_suite(str(path), KNOWN).tasks]
+    assert [(type(k), k) for k in found[:2]] == [(int, 1), (float, 1.0)]
+    assert [(name, type(k), k) for name, k in found[2].items()] == [
+        ("*fc1", int, 3),
+        ("*fc2", float, 0.5),
+    ]
+
+
+def test_a_part_of_a_suite() -> None:
+    suite = read_suite("paper", KNOWN)
+    part = suite.only(["vgg16-cifar10-*"], ["homotopy, *", "dense"], [1])
+    assert [task.name for task in part.tasks] == ["vgg16-cifar10-25", "vgg16-cifar10-10"]
+    assert part.methods == (
+        "dense",
+        "homotopy, structure, layer",
+        "homotopy, structure, global",
+        "homotopy, channel, layer",
+    )
+    assert part.seeds == (1,)
+    assert suite.only() == suite
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--task", "vgg"], "--task must be one of ['digits'], got 'vgg'"),
+        (["--method", "homotopi"], "--method must be one of ['homotopy, structure, layer']"),
+        (["--seed", "7"], "--seed must be one of [0], got 7"),
+        (["report", "--seed", "0", "--task", "d*"], None),
+        (["report", "--method", "dense"], "--method must be one of"),
+    ],
+)
+def test_parts_that_are_not_there_are_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: list[str],
+    words: str | None,
+) -> None:
+    (tmp_path / "small.yaml").write_text(SUITE)
+    called = command(tmp_path, *more)
+    monkeypatch.setattr(sys, "argv", called[called.index("examples.benchmark") :])
+    assert main() == (0 if words is None else 2)
+    assert (words or "") in capsys.readouterr().err
+
+
+def test_a_report_is_of_a_whole_suite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(SUITE.replace("[0]", "[0, 1]"))
+    called = command(tmp_path, "report", "--seed", "1")
+    monkeypatch.setattr(sys, "argv", called[called.index("examples.benchmark") :])
+    assert main() == 2
+    assert "choose what is run, nothing else" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
+
+
+@pytest.mark.parametrize(
+    "method", ["homotopy, structure, layer", "gradual magnitude", "one-shot magnitude", "HSPG"]
+)
+def test_the_mask_is_fixed_when_the_task_says(tmp_path: Path, method: str) -> None:
+    task = replace(TASK, freeze=0.75)
+    assert METHODS["gradual magnitude"].tried(task) == pytest.approx((0.45, 0.6, 0.75))
+    record = execute(Run(task, method, METHODS[method].tried(task)[-1], 3, trial=False), tmp_path)
+    alive = [sum(count for count, _ in epoch.values()) for epoch in record["alive"]]
+    assert min(alive[:2]) > record["budget"]
+    assert alive[3] == record["budget"]
+    assert "mask fixed after 75% of them" in described(task)
+
+
+@needs_fashion_mnist
+@pytest.mark.parametrize(
+    ("method", "value"),
+    [
+        ("homotopy, structure, layer", 1e-4),
+        ("gradual magnitude", 0.5),
+        ("paper, structure, layer", 0.0),  # magnitude, once
+    ],
+)
+def test_lenet_meets_its_budget_with_every_method(method: str, value: float) -> None:
+    data = DATA["fashion-mnist"](FASHION_MNIST.parent, 128, "cpu")
+    data.setup()
+    (task, _) = read_suite("lenet_freeze", KNOWN).tasks
+    network = NETWORKS[task.network](**task.arguments)
+    situation = Situation(task, network, torch.zeros(2, *data.image_shape))
+    pruning = METHODS[method].make(situation, value)
+    quiet_trainer(5, pruning.callbacks, 0.1).fit(Classifier(network), data)
+    groups = group_parameters(network, **situation.groups())
+    alive = {name: int(part.sum()) for name, part in groups.split(groups.alive()).items()}
+    assert alive == {layer.name: layer.budget for layer in groups.layers}
+    assert accuracy(network, data.test_dataloader()) > 40  # chance is 10
+
+
+@needs_fashion_mnist
+def test_resnet18_meets_one_budget_for_all_its_groups() -> None:
+    data = DATA["fashion-mnist"](FASHION_MNIST.parent, 8, "cpu")
+    data.setup()
+    (task, _) = read_suite("resnet18_structure", KNOWN).tasks
+    network = NETWORKS[task.network](**task.arguments)
+    situation = Situation(task, network, torch.zeros(2, *data.image_shape))
+    pruning = METHODS["homotopy, structure, global"].make(situation, 1e-4)
+    quiet_trainer(task.epochs, pruning.callbacks, 2).fit(Classifier(network), data)
+    groups = group_parameters(network, **pruning.groups)
+    assert int(groups.alive().sum()) == round(0.3 * len(groups))
+
+
+@needs_fashion_mnist
+@pytest.mark.parametrize("method", ["ProxSGD", "HSPG"])
+def test_methods_without_a_budget_have_what_the_penalty_leaves(tmp_path: Path, method: str) -> None:
+    (task, _) = read_suite("half_space", KNOWN).tasks
+    run = Run(replace(task, share_of_epoch=0.01, epochs=2), method, 10.0, 0, trial=False)
+    record = protocol.execute(run, FASHION_MNIST.parent, tmp_path / "work", "cpu")
+    assert set(record["alive"][-1]) == {"conv1", "conv2", "fc1", "fc2"}
+    assert sum(count for count, _ in record["alive"][-1].values()) < record["budget"] == 226

@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from examples.benchmark.report import report, runs_of
-from examples.benchmark.sensitivity import grid_report
+from examples.benchmark.report import grid_report, report, runs_of
 from examples.benchmark.suite import Run, Suite, Task
 
 TASK = Task(name="small", network="lenet5", data="digits", k=0.25, epochs=4)
@@ -81,3 +80,23 @@ def test_a_grid_shows_every_value_for_every_task_and_what_is_missing() -> None:
     assert "- smaller: lenet5 on digits, 10% of the groups, 4 epochs, the mask" in "\n".join(lines)
     assert "over 2 seeds" in "\n".join(lines)
     assert "one seed" in grid_report(replace(suite, seeds=(0,)), records, "command")
+
+
+def test_a_grid_without_a_budget_shows_how_many_groups_are_alive() -> None:
+    method = "ProxSGD"
+    task = replace(TASK, k=1.0, freeze=1.0)
+    suite = replace(SUITE, tasks=(task,), methods=(method,), values={method: [0.5]}, seeds=(0, 1))
+    made = {"hardware": "a machine", "date": "2026-01-01", "versions": {}, "budget": 12.0}
+    records = [
+        record(method, task)
+        | {
+            "seed": seed,
+            "test_accuracy": 80.0,
+            "alive": [{"a": [9, 9]}, {"a": [2, 9], "b": [x, 3]}],
+        }
+        | made
+        for seed, x in enumerate((1, 3))
+    ]
+    text = grid_report(suite, records, "command")
+    assert "| 0.5 | 80.00 ± 0.00, 4.00 ± 1.41 of 12 groups alive |" in text
+    assert "the mask fixed after 100% of them" in text

@@ -18,7 +18,8 @@ from examples.data import batches
 from examples.data import downloads as files
 from examples.data.batches import Batches, crop_and_flip, normalised
 from examples.data.modules import CIFAR10, Digits, FashionMNIST
-from examples.models.lenet import Classifier, FiveLayerBatchNorm, LeNet5, SmallConvNet
+from examples.models.lenet import FiveLayerBatchNorm, LeNet5, SmallConvNet
+from examples.training import Classifier
 
 # pytorch-lightning 2.6 under torch 2.13, in every fit
 

@@ -98,7 +98,7 @@ def prepared(network: nn.Module, start: float = 0.1, steps: int = 40, **task: An
     from examples.benchmark.baselines.hesso import hesso
 
     own = replace(TASK, weight_decay=1e-2, lr=0.1, **task)
-    pruning = hesso(Situation(own, network, EXAMPLE), start, 0.5)
+    pruning = hesso(Situation(own, network, EXAMPLE), start)
     base = protocol.plain_optimizer(network, Run(own, "HESSO", start, 0, False), own.lr)
     return pruning, pruning.wrap(base, network, steps)
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from examples.benchmark.baselines.classical import GradualMagnitude
-from examples.comparison import accuracy
 from examples.data.modules import Digits
-from examples.models.lenet import Classifier, SmallConvNet
+from examples.models.lenet import SmallConvNet
+from examples.training import Classifier, accuracy
 from lightning_wgsef import WGSEF, Constant, Homotopy, WGSEFCallback, group_parameters
 from tests.helpers.groups import batches, columns, dense_network, train
 from tests.helpers.oracles import envelope as oracle

@@ -1,4 +1,4 @@
-"""Rivals in a few lines, on the same groups as the package's own method."""
+"""Classical baselines in a few lines, on the same groups as the package's own method."""
 
 from __future__ import annotations
 
@@ -12,7 +12,35 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.optim import Optimizer
 
-from lightning_wgsef import GroupLasso, HalfSpace, WGSEFCallback, group_parameters, prox_multipliers
+from examples.benchmark.method_api import Situation
+from lightning_wgsef import (
+    GroupLasso,
+    Groups,
+    HalfSpace,
+    WGSEFCallback,
+    group_parameters,
+    prox_multipliers,
+    slim,
+)
+
+
+def smaller_network(situation: Situation) -> nn.Module:
+    """A network of the widths that the budget leaves, with fresh weights."""
+    network = copy.deepcopy(situation.network)
+    groups = group_parameters(network, **situation.groups())
+    groups.scale_(_first(groups))
+    small = slim(network, situation.example)
+    for module in small.modules():
+        reset = getattr(module, "reset_parameters", None)
+        if callable(reset):
+            reset()
+    return small
+
+
+def _first(groups: Groups) -> Tensor:
+    """1 for as many of the first groups of every layer as its budget admits, 0 for the others."""
+    masks = [torch.arange(layer.count) < layer.budget for layer in groups.layers]
+    return torch.cat(masks).to(groups.dtype)
 
 
 class GradualMagnitude(pl.Callback):

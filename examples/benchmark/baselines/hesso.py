@@ -114,13 +114,12 @@ class ResumableHESSO(HESSO):
             group["active_redundant_bool"] = mask
 
 
-def hesso(situation: Situation, start: float, freeze: float) -> Pruning:
+def hesso(situation: Situation, start: float) -> Pruning:
     """HESSO: all channels compete; the weakest shrink to zero in rounds.
 
     Args:
         situation: network, task and example.
         start: share of training before the first round.
-        freeze: share of training after which the last round is over.
     """
     arguments = situation.groups(scope="global")
 
@@ -129,7 +128,7 @@ def hesso(situation: Situation, start: float, freeze: float) -> Pruning:
         (own,) = optimizer.param_groups
         kind = situation.task.optimizer
         redundant = len(groups) - float(groups.budgets.sum())
-        last = int(freeze * steps + 0.5)
+        last = int(situation.task.freeze * steps + 0.5)
         left = last + 1 - int(start * steps)
         periods = max(min(PERIODS, left // 3), 1)  # shorter rounds would not shrink, but cut
         duration = max(left // periods, 1)

@@ -23,8 +23,9 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from examples.models.lenet import Classifier, LeNet5
+from examples.models.lenet import LeNet5
 from examples.models.resnet import ResNet18
+from examples.training import Classifier
 from lightning_wgsef import WGSEFCallback
 
 Images = tuple[int, int, int]
