@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 DATA ?= data/fashion-mnist
-CIFAR ?= data
 # Of the benchmark: fashion-mnist/, cifar-10-batches-bin/ and cifar-100-binary/ lie there.
 SETS ?= data
 # One thread a process: two test processes with two threads each fight for two cores.
@@ -11,7 +10,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check docs bench crash fuzz browser lenet comparison bench-cpu oto-environment clean
+.PHONY: demo test lint check docs bench crash fuzz browser lenet bench-cpu oto-environment clean
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
@@ -54,7 +53,7 @@ browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the 
 	PICTURES=examples/results/dashboard $(BIN)/python -m pytest tests/lightning/test_browser.py --no-cov
 
 lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet_fashion_mnist --data-dir $(DATA)
+	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet --data-dir $(DATA)
 
 bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, about nine hours. Restartable.
 	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark \
@@ -64,13 +63,6 @@ bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, about nine hours. Resta
 	.venv-oto/bin/python -m examples.benchmark report --suite cpu
 
 oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependency of the others.
-
-comparison: .venv/installed  ## Hours: what examples/results was made with. Restartable.
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison lenet --data-dir $(DATA) --freeze 0.5 0.8
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison metric_0.1 --data-dir $(DATA)
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison metric_0.25 --data-dir $(DATA)
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.sparse_learning --data-dir $(DATA)
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.comparison batchnorm --data-dir $(CIFAR)
 
 clean:
 	rm -rf .venv .venv-oto .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage

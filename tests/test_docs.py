@@ -22,6 +22,8 @@ READ = [
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
     ROOT / "lightning_wgsef" / "README.md",
+    ROOT / "examples" / "README.md",
+    *sorted((ROOT / "examples" / "results").rglob("*.md")),
 ]
 KINDS = {"python", "bash", "text", "bibtex"}
 

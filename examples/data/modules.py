@@ -3,8 +3,9 @@
     data = FashionMNIST("data/fashion-mnist")
     trainer.fit(Classifier(LeNet5()), data)
 
-Missing files are downloaded and verified (see `examples.files` and `examples.cifar`). With
-``device="cuda"`` the whole set lies there, and batches are drawn and augmented there.
+Missing files are downloaded and verified (see `examples.data.downloads` and
+`examples.data.cifar`). With ``device="cuda"`` the whole set lies there, and batches are drawn and
+augmented there.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def test_without_the_package_suites_are_read_and_runs_say_what_they_need(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "only_train_once", None)
-    monkeypatch.delitem(sys.modules, "examples.benchmark.oto", raising=False)
+    monkeypatch.delitem(sys.modules, "examples.benchmark.baselines.hesso", raising=False)
     path = tmp_path / "small.yaml"
     path.write_text(
         "tasks: {a: {network: lenet5, data: digits, k: 1, epochs: 2}}\nmethods: [HESSO]"
