@@ -1,35 +1,34 @@
-"""The command line ``lightning-wgsef``: look at pruned networks, make them smaller, export them."""
+"""Command line ``lightning-wgsef``: look at pruned networks, make them smaller, export them."""
 
 from __future__ import annotations
 
 import io
-import json
 import os
 import sys
 from argparse import RawDescriptionHelpFormatter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from json import dumps
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
 from jsonargparse.typing import PositiveInt, extend_base_type, restricted_string_type
 from safetensors import SafetensorError
 from torch import nn
-from tqdm import tqdm  # type: ignore[import-untyped]
 
-from lightning_wgsef.cli.checkpoints import example_input, load_masks, load_model
+from lightning_wgsef.cli.checkpoints import example_input as example_of
+from lightning_wgsef.cli.checkpoints import load_masks, load_model
 from lightning_wgsef.export.runtimes import export_onnx, export_program
 from lightning_wgsef.export.sparse_storage import to_sparse
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import check_grouping
 from lightning_wgsef.network.latency import measure_latency
 from lightning_wgsef.reports.networks import network_report
-from lightning_wgsef.reports.sparsity import SparsityReport, sparsity_report
+from lightning_wgsef.reports.sparsity import sparsity_report
+from lightning_wgsef.slimming import slim as slimming
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
-from lightning_wgsef.slimming.slim import Slimming, slim
 from lightning_wgsef.utils.files import atomic_write
 
 _NAME = "lightning-wgsef"
@@ -44,8 +43,6 @@ _GROUPING = extend_base_type(
 _PARAGRAPH = "\n\n"
 
 _EXPORTS = {"onnx": export_onnx, "pt2": export_program}
-
-Step = Callable[[str], Any]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -66,10 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    run, steps = _COMMANDS[options.command]
     try:
-        with tqdm(total=steps, disable=None, leave=False) as bar:
-            text = run(options[options.command], partial(_step, bar))
+        text = COMMANDS[options.command](**vars(options[options.command]))
     except (OSError, SafetensorError, ValueError) as error:
         # Behind an empty line, torch explains how to debug torch.
         print(f"{_NAME}: error: {str(error).partition(_PARAGRAPH)[0]}", file=sys.stderr)
@@ -79,88 +74,122 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextmanager
-def _step(bar: Any, what: str) -> Iterator[None]:
-    """One of the steps that the bar counts; without a terminal nothing is shown."""
-    bar.set_description(what)
-    yield
-    bar.update()
+def _step(what: str) -> Iterator[None]:
+    """Say what takes its time, on a terminal only; the line is erased when it is done."""
+    shown = sys.stderr.isatty()
+    if shown:
+        print(f"{what} ..", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if shown:
+            print("\r\033[K", end="", file=sys.stderr, flush=True)
 
 
-def _report(options: Namespace, step: Step) -> str:
-    with step("reading"):
-        model = load_model(options.checkpoint, options.model, options.init)
-        example = example_input(model, options.example_input, required=False)
-    with step("counting"):
-        groups = group_parameters(model, options.grouping, example_input=example)
-        report = _without_budgets(sparsity_report(model, groups, example))
-    if options.json is not None:
-        with atomic_write(options.json) as temporary:
-            temporary.write_text(json.dumps(report.as_dict(), indent=2) + "\n", encoding="utf-8")
-    return str(report)
+def report(
+    checkpoint: str,
+    model: str,
+    init: dict[str, Any],
+    example_input: str | None,
+    grouping: str,
+    json: str | None,
+) -> str:
+    """Show how sparse a network is, layer by layer."""
+    with _step("reading"):
+        network = load_model(checkpoint, model, init)
+        example = example_of(network, example_input, required=False)
+    with _step("counting"):
+        groups = group_parameters(network, grouping, example_input=example)
+        found = sparsity_report(network, groups, example)
+    # A checkpoint does not say which budgets its network was trained to.
+    found = replace(found, layers=tuple(replace(x, budget=None) for x in found.layers))
+    if json is not None:
+        with atomic_write(json) as temporary:
+            temporary.write_text(dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+    return str(found)
 
 
-def _slim(options: Namespace, step: Step) -> str:
-    check_slim_path(options.output)
+def slim(
+    checkpoint: str,
+    model: str,
+    init: dict[str, Any],
+    example_input: str | None,
+    output: str,
+    masks: str | None,
+) -> str:
+    """Take zero groups out of a network, with the same outputs, and compare."""
+    check_slim_path(output)
     # A path that cannot be written is noticed before the work.
-    with atomic_write(options.output) as temporary:
-        with step("reading"):
-            model = load_model(options.checkpoint, options.model, options.init)
-            example = example_input(model, options.example_input)
-            masks = None if options.masks is None else load_masks(options.masks)
-        with step("making smaller"):
-            smaller = slim(model, example, masks)
-        with step("comparing"):
-            comparison = _comparison({"checkpoint": model, "slim": smaller}, example)
-        with step("saving"):
+    with atomic_write(output) as temporary:
+        with _step("reading"):
+            network = load_model(checkpoint, model, init)
+            example = example_of(network, example_input)
+            zeros = None if masks is None else load_masks(masks)
+        with _step("making smaller"):
+            smaller = slimming.slim(network, example, zeros)
+        with _step("comparing"):
+            comparison = _comparison({"checkpoint": network, "slim": smaller}, example)
+        with _step("saving"):
             save_slim(smaller, temporary)
-    return "\n".join([_summary(smaller), comparison, f"saved: {options.output}"])
+    return "\n".join([_summary(smaller), comparison, f"saved: {output}"])
 
 
-def _export(options: Namespace, step: Step) -> str:
+def export(
+    checkpoint: str,
+    model: str,
+    init: dict[str, Any],
+    example_input: str | None,
+    format: str,
+    output: str,
+    slim: bool,
+) -> str:
+    """Write a network for other runtimes, checked to have the same outputs."""
     lines = []
-    with atomic_write(options.output) as temporary:
-        with step("reading"):
-            model = load_model(options.checkpoint, options.model, options.init)
-            example = example_input(model, options.example_input)
-        with step("making smaller"):
-            if options.slim:
-                model = slim(model, example)
-                lines.append(_summary(model))
-        with step("exporting and checking"):
-            if options.format in _EXPORTS:
-                _EXPORTS[options.format](model, temporary, example)
+    with atomic_write(output) as temporary:
+        with _step("reading"):
+            network = load_model(checkpoint, model, init)
+            example = example_of(network, example_input)
+        if slim:
+            with _step("making smaller"):
+                network = slimming.slim(network, example)
+                lines.append(_summary(network))
+        with _step("exporting and checking"):
+            if format in _EXPORTS:
+                _EXPORTS[format](network, temporary, example)
             else:
-                model = to_sparse(model, options.format, example)
-                temporary.write_bytes(_saved(model))
-                lines.append(str(model.storage))
-    return "\n".join([*lines, f"saved: {options.output}"])
+                network = to_sparse(network, format, example)
+                temporary.write_bytes(_saved(network))
+                lines.append(str(network.storage))
+    return "\n".join([*lines, f"saved: {output}"])
 
 
-def _latency(options: Namespace, step: Step) -> str:
-    with step("reading"):
-        model = load_model(options.checkpoint, options.model, options.init)
-        example = example_input(model, options.example_input)
-        against = None
-        if options.against is not None:
-            against = load_model(options.against, options.model, options.init)
-    with step("measuring"):
-        report = measure_latency(
-            model,
-            example,
-            against=against,
-            batch_sizes=options.batch_sizes,
-            threads=options.threads,
+def latency(
+    checkpoint: str,
+    model: str,
+    init: dict[str, Any],
+    example_input: str | None,
+    against: str | None,
+    batch_sizes: list[int],
+    threads: int | None,
+) -> str:
+    """Time forward passes on the CPU, of one network or of two in turn."""
+    with _step("reading"):
+        network = load_model(checkpoint, model, init)
+        example = example_of(network, example_input)
+        other = None if against is None else load_model(against, model, init)
+    with _step("measuring"):
+        found = measure_latency(
+            network, example, against=other, batch_sizes=batch_sizes, threads=threads
         )
-    return str(report)
+    return str(found)
 
 
-_COMMANDS: dict[str, tuple[Callable[[Namespace, Step], str], int]] = {
-    "report": (_report, 2),
-    "slim": (_slim, 4),
-    "export": (_export, 3),
-    "latency": (_latency, 2),
+COMMANDS: dict[str, Callable[..., str]] = {
+    "report": report,
+    "slim": slim,
+    "export": export,
+    "latency": latency,
 }
-"""What runs, and in how many steps."""
 
 
 def _saved(model: nn.Module) -> bytes:
@@ -168,11 +197,6 @@ def _saved(model: nn.Module) -> bytes:
     content = io.BytesIO()
     torch.save(model.state_dict(), content)
     return content.getvalue()
-
-
-def _without_budgets(report: SparsityReport) -> SparsityReport:
-    """A checkpoint does not say which budgets its network was trained to."""
-    return replace(report, layers=tuple(replace(x, budget=None) for x in report.layers))
 
 
 def _comparison(networks: dict[str, nn.Module], example: Any) -> str:
@@ -185,7 +209,7 @@ def _comparison(networks: dict[str, nn.Module], example: Any) -> str:
 def _summary(smaller: nn.Module) -> str:
     """What was taken out of a network that `slim` returned, and what was kept and why."""
     record = smaller.slimming
-    assert isinstance(record, Slimming)
+    assert isinstance(record, slimming.Slimming)
     lines = []
     for plan in record.plans:
         lines += [f"taken out: {name}" for name in plan.skipped]
@@ -209,67 +233,54 @@ def _parser() -> ArgumentParser:
     )
     commands = parser.add_subcommands(dest="command")
 
-    def command(name: str, what: str, examples: Sequence[str]) -> ArgumentParser:
+    def command(name: str, *examples: str) -> ArgumentParser:
         shown = "\n".join(f"  {_NAME} {name} {example}" for example in examples)
-        own = ArgumentParser(description=f"{what}.", epilog=f"example:\n{shown}")
+        what = COMMANDS[name].__doc__ or ""
+        own = ArgumentParser(description=what, epilog=f"example:\n{shown}")
         _add_shared(own)
-        commands.add_subcommand(name, own, help=what)
+        commands.add_subcommand(name, own, help=what.rstrip("."))
         return own
 
-    report = command(
-        "report",
-        "Show how sparse a network is, layer by layer",
-        ["last.ckpt --model my_package.Net --grouping channel --json report.json"],
+    own = command(
+        "report", "last.ckpt --model my_package.Net --grouping channel --json report.json"
     )
-    report.add_argument(
-        "--grouping", type=_GROUPING, default="channel", help="which groups are counted"
-    )
-    report.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    own.add_argument("--grouping", type=_GROUPING, default="channel", help="which are counted")
+    own.add_argument("--json", metavar="FILE", help="write the numbers to this file")
 
-    smaller = command(
-        "slim",
-        "Take zero groups out of a network, with the same outputs, and compare",
-        ["last.ckpt --model my_package.Net --output small.safetensors"],
-    )
-    smaller.add_argument("--output", required=True, metavar="FILE", help="ends in .safetensors")
-    smaller.add_argument(
+    own = command("slim", "last.ckpt --model my_package.Net --output small.safetensors")
+    own.add_argument("--output", required=True, metavar="FILE", help="ends in .safetensors")
+    own.add_argument(
         "--masks",
         metavar="FILE",
         help="of torch.save: tensors shaped like parameters, by name; where they are zero, so "
         "becomes the weight",
     )
 
-    export = command(
+    own = command(
         "export",
-        "Write a network for other runtimes, checked to have the same outputs",
-        [
-            "last.ckpt --model my_package.Net --format onnx --output net.onnx --slim",
-            "last.ckpt --model my_package.Net --format bsr --output net.pt",
-        ],
+        "last.ckpt --model my_package.Net --format onnx --output net.onnx --slim",
+        "last.ckpt --model my_package.Net --format bsr --output net.pt",
     )
-    export.add_argument(
+    own.add_argument(
         "--format",
         required=True,
         choices=[*_EXPORTS, "bsr", "csr"],
         help="ONNX, a program of torch.export, or the state_dict of a copy whose dense layers "
         "store only blocks (bsr) or weights (csr) that are not zero, for load_sparse",
     )
-    export.add_argument("--output", required=True, metavar="FILE", help="the file to write")
-    export.add_argument("--slim", action="store_true", help="take zero groups out first")
+    own.add_argument("--output", required=True, metavar="FILE", help="the file to write")
+    own.add_argument("--slim", action="store_true", help="take zero groups out first")
 
-    latency = command(
+    own = command(
         "latency",
-        "Time forward passes on the CPU, of one network or of two in turn",
-        [
-            "small.safetensors --model my_package.Net --init '{\"width\": 8}' --against last.ckpt "
-            "--batch-sizes 1 64 --threads 2"
-        ],
+        "small.safetensors --model my_package.Net --init '{\"width\": 8}' --against last.ckpt "
+        "--batch-sizes 1 64 --threads 2",
     )
-    latency.add_argument("--against", metavar="CKPT2", help="a second checkpoint of the class")
-    latency.add_argument(
+    own.add_argument("--against", metavar="CKPT2", help="a second checkpoint of the class")
+    own.add_argument(
         "--batch-sizes", nargs="+", type=PositiveInt, default=[1], help="numbers of samples"
     )
-    latency.add_argument("--threads", type=PositiveInt, help="threads of torch; as set if not")
+    own.add_argument("--threads", type=PositiveInt, help="threads of torch; as set if not")
     return parser
 
 

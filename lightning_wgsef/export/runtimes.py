@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.network.equivalence import relative_difference
+from lightning_wgsef.network.equivalence import TOLERANCE, relative_difference
 from lightning_wgsef.network.example_input import (
     mapped,
     model_copy,
@@ -23,8 +23,6 @@ from lightning_wgsef.network.example_input import (
 )
 from lightning_wgsef.utils.files import atomic_write
 from lightning_wgsef.utils.validation import check_number
-
-_PROGRAM_TOLERANCE = 1e-5
 
 _TRACED, _OTHER = 2, 3
 """Batch sizes: that of the trace (1 would be taken for a constant), and another to check with."""
@@ -108,7 +106,7 @@ def export_program(model: nn.Module, path: str | os.PathLike[str], example_input
                 network = torch.export.load(file).module()
             return lambda inputs: tensors(run_example(network, inputs))
 
-        _export(model, example_input, write, load, _PROGRAM_TOLERANCE)
+        _export(model, example_input, write, load, TOLERANCE)
 
 
 def _export(

@@ -13,8 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.export.sparse_linear import BETA, SparseLinear, sparse_matrix
-from lightning_wgsef.network.equivalence import relative_difference
-from lightning_wgsef.network.example_input import evaluation, model_copy, run_example, tensors
+from lightning_wgsef.network.equivalence import TOLERANCE, relative_difference
+from lightning_wgsef.network.example_input import (
+    evaluation,
+    model_copy,
+    observed,
+    run_example,
+    tensors,
+)
 from lightning_wgsef.network.latency import (
     alternating_times,
     compared,
@@ -23,8 +29,6 @@ from lightning_wgsef.network.layers import WeightedLayer, weighted_layers
 from lightning_wgsef.utils.tables import format_table
 
 LAYOUTS = ("bsr", "csr", "2:4")
-
-_TOLERANCE = 1e-5
 
 _REPEATS, _WARM_UP = 20, 3
 
@@ -209,16 +213,12 @@ def _layer_inputs(model: nn.Module, example_input: Any) -> dict[nn.Module, Tenso
     """What every dense layer is called with at first in a pass."""
     inputs: dict[nn.Module, Tensor] = {}
 
-    def note(module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+    def note(_: str, module: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         inputs.setdefault(module, args[0] if args else named["input"])
 
-    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in linear]
-    try:
+    linear = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear)}
+    with observed(linear, note):
         run_example(model, example_input)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return inputs
 
 
@@ -236,7 +236,7 @@ def _replaced(model: nn.Module, replacements: Mapping[nn.Module, nn.Module]) -> 
 def _check_same(what: str, found: list[Tensor], expected: list[Tensor]) -> None:
     for one, other in zip(found, expected, strict=True):
         precision = torch.finfo(other.dtype).eps if other.is_floating_point() else 0.0
-        tolerance = max(_TOLERANCE, 4 * precision)
+        tolerance = max(TOLERANCE, 4 * precision)
         if not (difference := relative_difference([one], [other])) <= tolerance:
             raise ValueError(f"{what} would differ by {difference:.3g} of the largest output")
 

@@ -28,7 +28,7 @@ from lightning_wgsef.groupings.removability import with_invariance
 from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps, on_model
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.network.sharding import whole_model
+from lightning_wgsef.network.sharding import unsharded_copy
 
 
 def group_parameters(
@@ -89,7 +89,7 @@ def group_parameters(
     left out: 0: first layer: its channels are the network's input
     """
     check_arguments(grouping, k, scope=scope, weights=weights, costs=costs, overlap=overlap)
-    plain = whole_model(model)
+    plain = unsharded_copy(model)
     found = find_groups(plain, grouping, example_input)
     names = [layer.name for layer in found.layers]
     for argument, patterns in (

@@ -11,8 +11,8 @@ from torch import nn
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member, input_member, output_members
-from lightning_wgsef.network.attention import DenseLayer, attention_blocks, dense_layers, unwrapped
-from lightning_wgsef.network.layers import canonical_name, is_lazy
+from lightning_wgsef.network.attention import DenseLayer, attention_blocks, dense_layers
+from lightning_wgsef.network.layers import canonical_name, is_lazy, unwrap
 
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
 
@@ -109,7 +109,7 @@ def _steps(name: str, parent: nn.Module, hidden: Layers) -> list[_Step]:
 
 def _children(name: str, parent: nn.Module) -> list[tuple[str, nn.Module]]:
     children = [(f"{name}.{path}".lstrip("."), child) for path, child in parent.named_children()]
-    return [(canonical_name(path), unwrapped(child)) for path, child in children]
+    return [(canonical_name(path), unwrap(child)) for path, child in children]
 
 
 def _blocks(steps: list[_Step], parent: nn.Module) -> Iterator[_Block]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.network.channels import PRODUCERS, Slices, normalises_width, slices
-from lightning_wgsef.network.dependency_graph import Graph, Tied, build_graph
+from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
 from lightning_wgsef.network.equivalence import difference, layer_outputs
-from lightning_wgsef.network.example_input import model_copy
+from lightning_wgsef.network.example_input import perturbed
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.network.operations import OPTYPE
 from lightning_wgsef.network.surgery import channel_removal
@@ -35,7 +35,7 @@ class Removable:
     """
 
     layer: GroupedLayer
-    tied: Tied
+    tied: CoupledChannels
     groups: dict[int, int]
     obstacle: str
 
@@ -64,7 +64,9 @@ def as_channels(graph: Graph, layer: GroupedLayer) -> Removable:
         if node and node.type in PRODUCERS and tensor == "weight" and member.axes == (axis,):
             break
     else:
-        return Removable(layer, Tied(), {}, "its groups are not the channels that a layer makes")
+        return Removable(
+            layer, CoupledChannels(), {}, "its groups are not the channels that a layer makes"
+        )
     index = range(member.slices) if member.index is None else member.index.tolist()
     owner = {channel: group for channel, group in enumerate(index) if group >= 0}
     tied = graph.tied(node.module, owner)
@@ -244,9 +246,8 @@ class _Trial:
     def __init__(self, model: nn.Module, example_input: Any) -> None:
         self.graph = build_graph(model, example_input)
         self.example_input = example_input
-        self.network = model_copy(model).eval()
+        self.network = perturbed(model)
         self.generator = torch.Generator().manual_seed(0)
-        _stir(self.network, self.generator)
 
     @torch.no_grad()
     def failure(self, found: list[Removable]) -> str:
@@ -279,17 +280,3 @@ def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:
     factors = torch.ones(layer.count, device=members[0].parameter.device)
     factors[dead] = 0
     groups.scale_(factors)
-
-
-@torch.no_grad()
-def _stir(network: nn.Module, generator: torch.Generator) -> None:
-    """Draw biases, scales and statistics at random, and tensors that are all zero.
-
-    With their signs, what is left of a zero channel is positive: a ReLU would hide the rest.
-    """
-    for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        if tensor.is_floating_point() and (tensor.dim() == 1 or not tensor.any()):
-            noise = torch.randn(tensor.shape, generator=generator).abs().add_(0.1)
-            if name.endswith("running_mean"):
-                noise.neg_()
-            tensor.copy_(noise if tensor.dim() == 1 else noise / 10)

@@ -11,7 +11,7 @@ from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
 from lightning_wgsef.network.layers import canonical_name
-from lightning_wgsef.network.residual import _layer_names, residual_blocks
+from lightning_wgsef.network.residual import layer_names, residual_blocks
 
 NAME = "branches"
 
@@ -46,7 +46,7 @@ def branch_groups(model: nn.Module, example_input: Any) -> Groups:
     numbers = {name: number for number, name in enumerate(names)}
     left_out = {
         layer: _OUTSIDE
-        for layer in _layer_names(model)
+        for layer in layer_names(model)
         if not any(layer == name or layer.startswith(f"{name}.") for name in names)
     }
     if not names:

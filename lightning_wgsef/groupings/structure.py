@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ from lightning_wgsef.network.channels import (
     produced,
     slices,
 )
-from lightning_wgsef.network.dependency_graph import Graph, Tied, build_graph
-from lightning_wgsef.network.layers import canonical_name, other_layers, weighted_layers
+from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
+from lightning_wgsef.network.layers import canonical_name, other_layers, unwrap, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE
 
 
@@ -50,7 +51,7 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
     "its channels are the network's outputs"
     """
     graph = build_graph(model, example_input)
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrap(model)
     own = dict(inner.named_parameters())
     originals = {
         id(parameter): (canonical_name(name), own[name])
@@ -81,7 +82,7 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
 
 
 def _members(
-    graph: Graph, tied: Tied, originals: dict[int, tuple[str, Tensor]]
+    graph: Graph, tied: CoupledChannels, originals: Mapping[int, tuple[str, Tensor]]
 ) -> tuple[Member, ...]:
     """List the weights in groups; a parameter that several modules share is there once."""
     members: dict[int, Member] = {}

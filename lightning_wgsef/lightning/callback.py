@@ -26,7 +26,7 @@ from lightning_wgsef.lightning.private import (
 from lightning_wgsef.lightning.strategies import check_strategy, restores_later
 from lightning_wgsef.lightning.summary import PruningSummary
 from lightning_wgsef.lightning.tensorboard import write_hparams
-from lightning_wgsef.network.sharding import whole_model
+from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
@@ -289,7 +289,7 @@ class WGSEFCallback(Callback):
         """Write the network without its zero groups; training is not lost if that fails."""
         if self.slim_to is None:
             return
-        model = whole_model(pl_module)  # of weights that are sharded every process has a part
+        model = unsharded_copy(pl_module)  # of weights that are sharded every process has a part
         if not trainer.is_global_zero:
             return
         try:

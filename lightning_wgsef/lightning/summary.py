@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_wgsef.lightning.private import logged_step
 from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
-from lightning_wgsef.network.sharding import whole_model
+from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.training.regularizer import WGSEF
 from lightning_wgsef.training.schedules import warn_of_short_way
@@ -78,7 +78,7 @@ class PruningSummary:
         if not self._has_summary and not self._shows_more:
             return
         groups = self.regularizer.groups
-        whole, norms = whole_model(model), groups.norms()
+        whole, norms = unsharded_copy(model), groups.norms()
         if not self.talks and not self.dashboards:
             return
         try:

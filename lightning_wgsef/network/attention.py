@@ -1,4 +1,4 @@
-"""Where a model's attention modules are, and which weights project queries, keys and values."""
+"""Attention modules of a model, and the weights that project queries, keys and values."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from lightning_wgsef.network.layers import canonical_name, is_lazy
+from lightning_wgsef.network.layers import (
+    Homes,
+    canonical_name,
+    is_lazy,
+    parameter_homes,
+    unwrap,
+)
 
 ROLES = ("query", "key", "value")
-
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 _TORCH_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 
 _TORCH_PARAMETERS = (*_TORCH_WEIGHTS, "in_proj_bias", "bias_k", "bias_v")
-
-Homes = dict[int, list[str]]
-"""The names under which modules hold every parameter, by its id."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def dense_layers(model: nn.Module) -> dict[nn.Module, DenseLayer]:
     >>> [layer.name for layer in dense_layers(nn.Sequential(nn.ReLU(), nn.Linear(3, 2))).values()]
     ['1']
     """
-    homes = _homes(model)
+    homes = parameter_homes(model)
     return {
         module: DenseLayer(
             canonical_name(name), module, parameter_problem(module, ("weight", "bias"), homes)
@@ -162,7 +163,7 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
     >>> [(block.name, block.layers["output"].name) for block in attention_blocks(layer)]
     [('self_attn', 'self_attn.out_proj')]
     """
-    dense, homes = dense_layers(model), _homes(model)
+    dense, homes = dense_layers(model), parameter_homes(model)
     used: set[nn.Module] = set()
     unknown = []
     for raw, module in model.named_modules():
@@ -195,15 +196,6 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
             )
 
 
-def unwrapped(module: nn.Module) -> nn.Module:
-    """The module inside what torch.compile, FSDP and checkpointing wrap around it."""
-    for wrapper in _WRAPPERS:
-        inside = module._modules.get(wrapper)
-        if inside is not None:
-            return unwrapped(inside)
-    return module
-
-
 def parameter_problem(module: nn.Module, names: Iterable[str], homes: Homes) -> str:
     """Why parameters of ``module`` cannot be grouped; "" if they can."""
     for name in names:
@@ -223,15 +215,6 @@ def parameter_problem(module: nn.Module, names: Iterable[str], homes: Homes) -> 
     return ""
 
 
-def _homes(model: nn.Module) -> Homes:
-    """The names of every parameter in the modules that hold it."""
-    homes: Homes = {}
-    for raw, module in model.named_modules():
-        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            homes.setdefault(id(parameter), []).append(canonical_name(f"{raw}.{name}"))
-    return homes
-
-
 def _is_transposed(module: nn.Module) -> bool:
     # transformers is not imported for it, so the class is known by name and attribute.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
@@ -243,7 +226,7 @@ def _inner(module: nn.Module, path: str) -> nn.Module | None:
         child = module._modules.get(part)
         if child is None:
             return None
-        module = unwrapped(child)
+        module = unwrap(child)
     return module
 
 
@@ -251,7 +234,7 @@ def _torch_block(
     name: str, module: nn.MultiheadAttention, dense: dict[nn.Module, DenseLayer], homes: Homes
 ) -> AttentionBlock:
     problem = parameter_problem(module, _TORCH_PARAMETERS, homes)
-    output = unwrapped(module.out_proj)
+    output = unwrap(module.out_proj)
     problem = problem or _layer_problem("out_proj", output, dense)
     layers = {} if problem else {"output": dense[output]}
     return AttentionBlock(name, module, module, problem, layers)

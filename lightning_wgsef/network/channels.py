@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.network.dependency_graph import Graph, Side, Tied
-from lightning_wgsef.network.layers import weighted_layers
+from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
+from lightning_wgsef.network.layers import Homes, parameter_homes, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE
 
 PRODUCERS = (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV, OPTYPE.LINEAR)
@@ -32,7 +32,7 @@ class Slices:
         return index
 
 
-def slices(graph: Graph, tied: Tied, side: Side) -> Iterator[Slices]:
+def slices(graph: Graph, tied: CoupledChannels, side: Side) -> Iterator[Slices]:
     """The weights that produce or scale the channels at one side of a node.
 
     >>> from lightning_wgsef.network.dependency_graph import build_graph
@@ -70,7 +70,7 @@ def parameter_axis(parameter: Tensor, width: int) -> int:
     return axes[0] if parameter.dim() > 3 else axes[-1]
 
 
-def produced(graph: Graph, tied: Tied) -> Iterator[tuple[nn.Module, dict[int, int]]]:
+def produced(graph: Graph, tied: CoupledChannels) -> Iterator[tuple[nn.Module, dict[int, int]]]:
     """The layers that make channels, and the root's channel at each position of their outputs.
 
     >>> from lightning_wgsef.network.dependency_graph import build_graph
@@ -108,7 +108,7 @@ class ChannelSet:
     """
 
     name: str
-    tied: Tied
+    tied: CoupledChannels
     obstacle: str
     is_output: bool
 
@@ -126,10 +126,7 @@ def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
     taken: dict[nn.Module, set[int]] = {}
     layers = list(weighted_layers(graph.model))
     problems = {layer.name: layer.problem for layer in layers if layer.problem}
-    users: dict[int, list[nn.Module]] = {}
-    for module in graph.names:
-        for number in {id(parameter) for parameter in module.parameters(recurse=False)}:
-            users.setdefault(number, []).append(module)
+    homes = parameter_homes(graph.model)
     for layer in layers:
         if layer.module not in graph.engine.module2node:
             continue
@@ -137,7 +134,7 @@ def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
         if not channels:
             continue
         tied = graph.tied(layer.module, sorted(channels))
-        obstacle = tied.obstacle or _obstacle(graph, tied, problems) or _shared(graph, tied, users)
+        obstacle = tied.obstacle or _obstacle(graph, tied, problems) or _shared(graph, tied, homes)
         for module, positions in produced(graph, tied):
             if taken.setdefault(module, set()) & positions.keys():
                 obstacle = obstacle or f"its channels overlap those of '{graph.names[module]}'"
@@ -149,7 +146,7 @@ def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
         yield ChannelSet(layer.name, tied, obstacle, is_output)
 
 
-def _obstacle(graph: Graph, tied: Tied, problems: dict[str, str]) -> str:
+def _obstacle(graph: Graph, tied: CoupledChannels, problems: dict[str, str]) -> str:
     """Why the parameters of these channels cannot be cut."""
     parameters = {id(p): name for name, p in graph.model.named_parameters()}
     for side in tied.positions:
@@ -167,23 +164,24 @@ def _obstacle(graph: Graph, tied: Tied, problems: dict[str, str]) -> str:
     return ""
 
 
-def _shared(graph: Graph, tied: Tied, users: dict[int, list[nn.Module]]) -> str:
+def _shared(graph: Graph, tied: CoupledChannels, homes: Homes) -> str:
     """Weights that several modules share must be cut in all of them alike."""
     uses: dict[int, dict[nn.Module, _Use]] = {}
     for side in tied.positions:
         for parameter, axis, groups in _touched(graph, tied, side):
             uses.setdefault(id(parameter), {})[side[0].module] = (axis, groups)
-    names = {id(p): name for name, p in graph.model.named_parameters()}
     for number, by_module in uses.items():
-        sharing = users.get(number, [])
+        sharing = list(dict.fromkeys(home.rpartition(".")[0] for home in homes.get(number, [])))
         first, *others = by_module.values()
         if len(sharing) > 1 and (len(sharing) != len(by_module) or any(x != first for x in others)):
-            modules = " and ".join(f"'{graph.names[user]}'" for user in sharing)
-            return f"{modules} share '{names[number]}' (tied) for different channels"
+            modules = " and ".join(f"'{user}'" for user in sharing)
+            return f"{modules} share '{homes[number][0]}' (tied) for different channels"
     return ""
 
 
-def _touched(graph: Graph, tied: Tied, side: Side) -> Iterator[tuple[Tensor, int, dict[int, int]]]:
+def _touched(
+    graph: Graph, tied: CoupledChannels, side: Side
+) -> Iterator[tuple[Tensor, int, dict[int, int]]]:
     """All weights that removal would cut: what reads the channels, too."""
     node, _ = side
     for found in slices(graph, tied, side):

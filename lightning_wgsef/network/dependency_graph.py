@@ -1,4 +1,4 @@
-"""Which channels of a network are tied: the dependency graph of torch-pruning, built on a copy.
+"""Dependency graph of a network: which channels are tied, by torch-pruning, on a copy.
 
 torch-pruning traces a forward pass by autograd, switches the model to evaluation, does not see
 frozen parameters or the network's inputs, and takes every operation it does not know for one that
@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch_pruning  # type: ignore[import-untyped]
 from torch import Tensor, nn
 
-from lightning_wgsef.network.example_input import mapped, model_copy, run_example, tensors
+from lightning_wgsef.network.example_input import (
+    mapped,
+    model_copy,
+    observed,
+    run_example,
+    tensors,
+)
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.network.operations import (
     HEAD,
@@ -34,11 +40,19 @@ Node = Any
 Side = tuple[Node, Callable[..., Any]]
 """A node of torch-pruning's graph and the function that would prune its inputs or its outputs."""
 
-_Index = torch_pruning._helpers._HybridIndex
+
+class _Index(NamedTuple):
+    """A position at one side, and the channel of the root that it is tied to.
+
+    torch-pruning's own index is private; its mappings read these two names and nothing else.
+    """
+
+    idx: int
+    root_idx: int | None
 
 
 @dataclass(eq=False)
-class Tied:
+class CoupledChannels:
     """Channels of one layer and everything that is tied to them.
 
     Attributes:
@@ -84,7 +98,7 @@ class Graph:
         node, handler = side
         return bool(handler == self.engine.get_pruner_of_module(node.module).prune_out_channels)
 
-    def modules(self, tied: Tied) -> list[nn.Module]:
+    def modules(self, tied: CoupledChannels) -> list[nn.Module]:
         """The modules that the channels pass, with those of their parameters and activations."""
         passed = []
         for node, _ in tied.positions:
@@ -96,10 +110,10 @@ class Graph:
                 passed.append(self.activations.get(node.grad_fn, node.module))
         return [module for module in dict.fromkeys(passed) if module in self.names]
 
-    def tied(self, module: nn.Module, channels: Iterable[int]) -> Tied:
+    def tied(self, module: nn.Module, channels: Iterable[int]) -> CoupledChannels:
         """Everything that output channels of a module of the copy are tied to."""
         start = self.engine.get_pruner_of_module(module).prune_out_channels
-        found, joined = Tied(), _Joined(channels)
+        found, joined = CoupledChannels(), _Joined(channels)
         indices = [_Index(idx=channel, root_idx=channel) for channel in joined.parent]
         waiting = [((self.engine.module2node[module], start), indices)]
         circular = False  # a wrong mapping in a circle counts up for ever
@@ -247,7 +261,7 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
         return parameter[0] if flat else parameter
 
     arguments = mapped(tracked, example_input)
-    watch, engine = Watch(names), torch_pruning.DependencyGraph()
+    watch, engine = Watch(), torch_pruning.DependencyGraph()
     outputs: list[Tensor] = []
 
     def run(network: nn.Module, _: Any) -> list[Tensor]:
@@ -262,7 +276,7 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
         try:
-            with watch:
+            with observed({name: module for module, name in names.items()}, after=watch.note):
                 engine.build_dependency(
                     clone, list(arguments), run, unwrapped_parameters=list(inputs), verbose=False
                 )

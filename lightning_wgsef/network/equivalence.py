@@ -1,4 +1,4 @@
-"""Do two networks do the same: layer by layer, in both modes, up to rounding?"""
+"""Equivalence check of two networks: layer by layer, in both modes, up to rounding."""
 
 from __future__ import annotations
 
@@ -9,8 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.network.example_input import mapped, model_copy, run_example, tensors
-from lightning_wgsef.network.layers import WeightedLayer, weighted_layers
+from lightning_wgsef.network.example_input import (
+    mapped,
+    model_copy,
+    observed,
+    run_example,
+    tensors,
+)
+from lightning_wgsef.network.layers import weighted_layers
 from lightning_wgsef.network.surgery import RemovalPlan
 
 OUTPUTS = "the outputs"
@@ -37,31 +43,68 @@ def layer_outputs(
     {'0': [(1, 2)], 'the outputs': [(1, 3)]}
     """
     seen: dict[str, list[Tensor]] = {}
+    layers = {layer.name: layer for layer in weighted_layers(network)}
 
-    def note(layer: WeightedLayer, output: Tensor) -> None:
+    def note(name: str, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
+        layer = layers[name]
         across = layer.transposed and layer.split == 1
         kept = plan.kept.get(layer.path("weight"), {}).get(int(across)) if plan else None
         if kept is not None:
             axis = 1 - layer.weight.dim()  # -1 for dense layers, -3 for images
             output = output.index_select(axis, torch.tensor(kept, device=output.device))
-        seen.setdefault(layer.name, []).append(output)
+        seen.setdefault(name, []).append(output)
 
-    hooks = [
-        layer.module.register_forward_hook(lambda *given, own=layer: note(own, given[-1]))
-        for layer in weighted_layers(network)
-    ]
-    try:
+    with observed({name: layer.module for name, layer in layers.items()}, after=note):
         seen[OUTPUTS] = tensors(run_example(network, example_input))
-    finally:
-        for hook in hooks:
-            hook.remove()
     return seen
+
+
+def relative_difference(
+    found: Sequence[Tensor], expected: Sequence[Tensor], floor: float = 0.0
+) -> float:
+    r"""Return the largest difference, as a share of the largest number of the tensor expected.
+
+    .. math:: \max_t \max_i |x_{ti} - y_{ti}| / \max(f, \max_i |y_{ti}|)
+
+    Where both have NaN, or the same infinity, they agree. Infinite where numbers, kinds or shapes
+    of tensors or values that are not finite differ.
+
+    Args:
+        found: tensors x.
+        expected: tensors y.
+        floor: f, below which a largest number does not count.
+
+    >>> relative_difference([torch.tensor([3.0, 1.0])], [torch.tensor([4.0, 1.0])])
+    0.25
+    >>> relative_difference([torch.tensor([0.5])], [torch.tensor([0.0])], floor=1.0)
+    0.5
+    >>> relative_difference([torch.ones(2)], [torch.ones(3)])
+    inf
+    """
+    if len(found) != len(expected):
+        return math.inf
+    worst = 0.0
+    for one, other in zip(found, expected, strict=True):
+        if (one.shape, one.dtype) != (other.shape, other.dtype):
+            return math.inf
+        unequal = (one != other) & ~(one.isnan() & other.isnan())
+        if not bool(unequal.any()):
+            continue
+        if not other.is_floating_point():
+            return math.inf
+        error = float((one - other)[unequal].abs().max())
+        finite = other[other.isfinite()]
+        largest = max(floor, float(finite.abs().max()) if len(finite) else 0.0)
+        if not error < math.inf or not largest:  # NaN, too
+            return math.inf
+        worst = max(worst, error / largest)
+    return worst
 
 
 def difference(
     found: dict[str, list[Tensor]], expected: dict[str, list[Tensor]], tolerance: float
 ) -> str:
-    """The first layer that returns something else than expected; "" where there is none.
+    """Name the first layer that returns something else than expected; "" where there is none.
 
     Layers that only one of the networks has are passed over. The tolerance is a share of the
     largest output of the layer, or of 1.
@@ -71,36 +114,9 @@ def difference(
     'b'
     """
     for name in expected:
-        if name in found:
-            pairs = list(zip(found[name], expected[name], strict=False))
-            same = len(found[name]) == len(expected[name])
-            if not same or not all(_close(one, other, tolerance) for one, other in pairs):
-                return name
+        if name in found and not relative_difference(found[name], expected[name], 1.0) <= tolerance:
+            return name
     return ""
-
-
-def largest_difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest difference of outputs, as a share of the largest output, or of 1.
-
-    >>> largest_difference([torch.ones(2)], [torch.tensor([1.0, 4.0])])
-    0.75
-    """
-    if [x.shape for x in found] != [x.shape for x in expected]:
-        return float("inf")
-    shares = [_share(one, other) for one, other in zip(found, expected, strict=True)]
-    return max(shares, default=0.0)
-
-
-def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
-    return one.shape == other.shape and _share(one, other) <= tolerance
-
-
-def _share(one: Tensor, other: Tensor) -> float:
-    if not one.numel() or torch.equal(one, other):
-        return 0.0
-    largest = max(1.0, float(other.abs().max()))
-    share = float((one - other).abs().max()) / largest
-    return share if share == share else float("inf")  # NaN
 
 
 TOLERANCE = 1e-5
@@ -165,7 +181,7 @@ def _compare(before: nn.Module, after: nn.Module, example: Any, mode: str) -> fl
             f"without its zero groups, {type(before).__name__} does not run in {mode}: "
             f"{error.__cause__}. Nothing was changed"
         ) from error
-    largest = largest_difference(found[OUTPUTS], expected[OUTPUTS])
+    largest = relative_difference(found[OUTPUTS], expected[OUTPUTS], 1.0)
     if largest > TOLERANCE and not _agree_in_float64(before, after, example):
         comparable = {
             name: outputs
@@ -191,7 +207,7 @@ def _agree_in_float64(before: nn.Module, after: nn.Module, example: Any) -> bool
         )
     except (TypeError, ValueError):
         return False  # devices without float64, networks that name their types
-    return largest_difference(found, expected) <= TOLERANCE
+    return relative_difference(found, expected, 1.0) <= TOLERANCE
 
 
 def _in_float64(value: Any) -> Any:
@@ -200,32 +216,3 @@ def _in_float64(value: Any) -> Any:
 
 def _shapes(outputs: list[Tensor]) -> list[torch.Size]:
     return [output.shape for output in outputs]
-
-
-def relative_difference(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
-    """Largest difference of outputs, as a share of the largest number of the tensor expected.
-
-    Infinite where numbers, kinds or shapes of tensors or not finite values differ.
-
-    >>> relative_difference([torch.tensor([3.0, 1.0])], [torch.tensor([4.0, 1.0])])
-    0.25
-    >>> relative_difference([torch.ones(2)], [torch.ones(3)])
-    inf
-    """
-    if len(found) != len(expected):
-        return math.inf
-    worst = 0.0
-    for one, other in zip(found, expected, strict=True):
-        if (one.shape, one.dtype) != (other.shape, other.dtype):
-            return math.inf
-        unequal = (one != other) & ~(one.isnan() & other.isnan())
-        if not bool(unequal.any()):
-            continue
-        if not other.is_floating_point():
-            return math.inf
-        error = float((one - other)[unequal].abs().max())
-        largest = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 0.0
-        if not error < math.inf or not largest:  # NaN, too
-            return math.inf
-        worst = max(worst, error / largest)
-    return worst

@@ -1,8 +1,9 @@
-"""A forward pass on the example that the user gave."""
+"""Example inputs, and forward passes on them that are observed, copied or perturbed."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.backends import mha
 
-from lightning_wgsef.network.layers import weighted_layers
+from lightning_wgsef.network.layers import unwrap
 
 
 def run_example(model: nn.Module, example_input: Any) -> Any:
@@ -105,7 +106,7 @@ def model_copy(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: it cannot be copied.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     try:
         copied = copy.deepcopy(model)
     except Exception as error:
@@ -182,27 +183,68 @@ def device_of(model: nn.Module) -> torch.device:
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
+Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+Return = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
+
+
 @contextmanager
-def _watched(
-    model: nn.Module, before: Callable[[str], None], after: Callable[[str], None]
+def observed(
+    modules: Mapping[str, nn.Module], before: Call | None = None, after: Return | None = None
 ) -> Iterator[None]:
-    """Evaluation mode without gradients, in which every call of a weighted layer is announced."""
-    with ExitStack() as undo, torch.no_grad():
-        for module in model.modules():
-            undo.callback(setattr, module, "training", module.training)
-        model.eval()
-        # The fast path of torch's attention passes by the layers inside and the counter.
+    """Announce every call of some modules while the block runs.
+
+    Args:
+        modules: by name.
+        before: called with the name, the module, and the arguments of its forward.
+        after: called with the name, the module, its arguments by position, and what it returned.
+
+    >>> layer = nn.Linear(2, 3)
+    >>> shapes = []
+    >>> with observed({"fc": layer}, after=lambda name, *call: shapes.append(call[-1].shape)):
+    ...     _ = layer(torch.ones(1, 2))
+    >>> shapes
+    [torch.Size([1, 3])]
+    """
+    with ExitStack() as undo:
+        # The fast path of torch's attention passes by the layers inside.
         undo.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
         mha.set_fastpath_enabled(False)
-        if hasattr(torch.compiler, "set_stance"):  # compiled code ignores hooks set after it
+        compiled = "torch._dynamo" in sys.modules
+        if compiled and hasattr(torch.compiler, "set_stance"):  # it ignores hooks set after it
             undo.enter_context(torch.compiler.set_stance("force_eager"))
-        for layer in weighted_layers(model):
-            hook = layer.module.register_forward_pre_hook(lambda *_, n=layer.name: before(n))
-            undo.callback(hook.remove)
-            hook = layer.module.register_forward_hook(lambda *_, n=layer.name: after(n))
-            undo.callback(hook.remove)
+        for name, module in modules.items():
+            if before is not None:
+                hook = module.register_forward_pre_hook(
+                    lambda own, args, named, name=name: before(name, own, args, named),
+                    with_kwargs=True,
+                )
+                undo.callback(hook.remove)
+            if after is not None:
+                hook = module.register_forward_hook(
+                    lambda own, args, output, name=name: after(name, own, args, output)
+                )
+                undo.callback(hook.remove)
         yield
 
 
-def _gpu(model: nn.Module) -> torch.device | None:
-    return next((p.device for p in model.parameters() if p.is_cuda), None)
+@torch.no_grad()
+def perturbed(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Return a copy in evaluation mode with random biases, scales and statistics.
+
+    Tensors that are all zero, as pruned or fresh networks have them, become random, too: they would
+    hide what does not vanish. Signs are such that what is left of a zero channel behind a norm is
+    positive: a ReLU would hide the rest.
+
+    >>> bool((perturbed(nn.BatchNorm1d(3)).running_mean < 0).all())
+    True
+    """
+    copied = model_copy(model).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in [*copied.named_parameters(), *copied.named_buffers()]:
+        if tensor.is_floating_point() and (tensor.dim() == 1 or not tensor.any()):
+            noise = torch.randn(tensor.shape, generator=generator).abs().add_(0.1)
+            if name.endswith("running_mean"):
+                noise.neg_()
+            tensor.copy_(noise if tensor.dim() == 1 else noise / 10)
+    return copied

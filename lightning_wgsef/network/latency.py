@@ -1,4 +1,4 @@
-"""How long a forward pass takes and how much memory it needs, alone or beside another network."""
+"""Time and memory of forward passes, of one network or of two in turn, and of its layers."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from lightning_wgsef.network.example_input import (
-    _gpu,
-    _watched,
     device_of,
     evaluation,
+    observed,
     on_device_of,
     run_example,
     with_batch_size,
 )
+from lightning_wgsef.network.layers import weighted_layers
 from lightning_wgsef.utils.tables import format_table
 
 MEMORY_OF_CPU = "allocations of torch during one pass, as its profiler records them"
@@ -278,18 +278,25 @@ def layer_latencies(
     """
     if not isinstance(repeats, Integral) or isinstance(repeats, bool) or repeats < 1:
         raise ValueError(f"repeats must be a number of forward passes (int >= 1), got {repeats!r}")
-    gpu = _gpu(model)
+    device = device_of(model)
+    gpu = device if device.type == "cuda" else None
+    layers = {layer.name: layer.module for layer in weighted_layers(model)}
     marks: dict[str | None, list[Any]] = {}  # begin, end, begin, end ..; None: the whole pass
     seconds: dict[str | None, list[float]] = {}
 
-    def mark(name: str | None) -> None:
+    def mark(name: str | None, *_: object) -> None:
         now: Any = perf_counter()
         if gpu:
             now = torch.cuda.Event(enable_timing=True)
             now.record()
         marks.setdefault(name, []).append(now)
 
-    with _watched(model, mark, mark), torch.cuda.device(gpu) if gpu else nullcontext():
+    with (
+        evaluation(model),
+        torch.no_grad(),
+        observed(layers, mark, mark),
+        torch.cuda.device(gpu) if gpu else nullcontext(),
+    ):
         for run in range(_WARM_UP + repeats):
             marks.clear()
             mark(None)

@@ -1,9 +1,9 @@
-"""Which layers of a model have weights that can be grouped, and how those weights are laid out."""
+"""Layers of a model whose weights can be grouped, and how those weights are laid out."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,11 @@ _Norm = (
     nn.modules.instancenorm._InstanceNorm,
     nn.GroupNorm,
 )
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+Homes = dict[int, list[str]]
+"""The names under which modules hold every parameter, by its id."""
 
 GROUPABLE = "Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear"
 
@@ -101,8 +106,36 @@ def canonical_name(name: str) -> str:
     >>> canonical_name("_orig_mod.encoder._orig_mod.conv1.weight")
     'encoder.conv1.weight'
     """
-    wrappers = r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.|$)"
-    return re.sub(wrappers, "", name).lstrip(".")
+    return re.sub(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)", "", name).lstrip(".")
+
+
+def unwrap(module: nn.Module) -> nn.Module:
+    """Return the module inside what torch.compile, FSDP and checkpointing wrap around it.
+
+    >>> layer = nn.Linear(2, 2)
+    >>> unwrap(torch.compile(layer, backend="eager")) is layer
+    True
+    """
+    for wrapper in _WRAPPERS:
+        inside = module._modules.get(wrapper)
+        if inside is not None:
+            return unwrap(inside)
+    return module
+
+
+def parameter_homes(model: nn.Module) -> Homes:
+    """List the names of every parameter in the modules that hold it; a shared one has several.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    >>> network[1].weight = network[0].weight
+    >>> list(parameter_homes(network).values())
+    [['0.weight', '1.weight']]
+    """
+    homes: Homes = {}
+    for raw, module in model.named_modules():
+        for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            homes.setdefault(id(parameter), []).append(canonical_name(f"{raw}.{name}"))
+    return homes
 
 
 def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
@@ -121,12 +154,10 @@ def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
     >>> [(layer.name, layer.norm[0]) for layer in weighted_layers(network)]
     [('0', '1')]
     """
-    norms = _following_norms(model)
-    owners = _owners(model)
-    for raw, module in model.named_modules():
-        name = canonical_name(raw)
-        if _is_weighted(module):
-            yield WeightedLayer(name, module, norms.get(name), _problem(name, module, owners))
+    norms, homes = _following_norms(model), parameter_homes(model)
+    found = {name: x for name, x in modules_by_name(model).items() if _is_weighted(x)}
+    for name, module in found.items():
+        yield WeightedLayer(name, module, norms.get(name), _problem(name, module, homes, found))
 
 
 def usable_layers(model: nn.Module) -> tuple[list[WeightedLayer], dict[str, str]]:
@@ -157,17 +188,7 @@ def _is_weighted(module: nn.Module) -> bool:
     return isinstance(module, (*_Convolution, *_Transposed, nn.Linear))
 
 
-def _owners(model: nn.Module) -> dict[int, str]:
-    """Who a shared weight belongs to: what cannot be grouped comes first, then the first layer."""
-    owners: dict[int, str] = {}
-    named = [(canonical_name(name), module) for name, module in model.named_modules()]
-    for name, module in sorted(named, key=lambda item: _is_weighted(item[1])):
-        for parameter in module.parameters(recurse=False):
-            owners.setdefault(id(parameter), name)
-    return owners
-
-
-def _problem(name: str, module: nn.Module, owners: dict[int, str]) -> str:
+def _problem(name: str, module: nn.Module, homes: Homes, weighted: Mapping[str, nn.Module]) -> str:
     weight = getattr(module, "weight", None)
     if is_lazy(weight):
         return "its weight has no shape yet (lazy layer): run one forward pass first"
@@ -175,8 +196,11 @@ def _problem(name: str, module: nn.Module, owners: dict[int, str]) -> str:
         return "its weight is computed from other tensors (a parametrisation), not a parameter"
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
-    if owners[id(weight)] != name:
-        return f"its weight is that of '{owners[id(weight)]}' (tied)"
+    # A shared weight belongs to what cannot be grouped, else to the first layer.
+    sharing = [home.rpartition(".")[0] for home in homes[id(weight)]]
+    owner = min(sharing, key=lambda path: path in weighted)
+    if owner != name:
+        return f"its weight is that of '{owner}' (tied)"
     if not weight.numel():
         return "its weight is empty"
     return ""
@@ -192,7 +216,7 @@ def _following_norms(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
     for parent_name, parent in model.named_modules():
         prefix = f"{canonical_name(parent_name)}." if canonical_name(parent_name) else ""
         children = [
-            (name, getattr(child, "_orig_mod", child))  # inside what torch.compile wraps
+            (name, unwrap(child))
             for name, child in parent.named_children()
             if any(True for _ in child.parameters())
         ]

@@ -1,4 +1,4 @@
-"""Which operations of a forward pass belong to which module, and which of them mix channels."""
+"""Operations of a forward pass: the modules they belong to, and whether they mix channels."""
 
 from __future__ import annotations
 
@@ -31,22 +31,19 @@ _ALONG_AXES = re.compile(
 
 
 class Watch:
-    """Notes which operations belong to which module while the network runs."""
+    """Which operations belong to which module: what `observed` announces of a forward pass.
 
-    def __init__(self, names: dict[nn.Module, str]) -> None:
-        self.names, self.handles = names, list[Any]()
+    Attributes:
+        inside: operations inside of the modules that torch-pruning knows.
+        activations: the modules without parameters, by the operation they end in.
+    """
+
+    def __init__(self) -> None:
         self.inside: set[Any] = set()
         self.activations: dict[Any, nn.Module] = {}
 
-    def __enter__(self) -> None:
-        for module in self.names:
-            self.handles.append(module.register_forward_hook(self._note))
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self.handles:
-            handle.remove()
-
-    def _note(self, module: nn.Module, given: Any, returned: Any) -> None:
+    def note(self, _: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        """Note a call of a module."""
         if not isinstance(returned, Tensor) or any(True for _ in module.children()):
             return
         known = torch_pruning.ops.module2type(module) != OPTYPE.ELEMENTWISE

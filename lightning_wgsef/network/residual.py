@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.network.attention import dense_layers
-from lightning_wgsef.network.example_input import run_example
+from lightning_wgsef.network.equivalence import TOLERANCE, relative_difference
+from lightning_wgsef.network.example_input import observed, perturbed, run_example
 from lightning_wgsef.network.layers import canonical_name, weighted_layers
-
-_TOLERANCE = 1e-5
 
 
 def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
@@ -25,27 +22,22 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
     Raises:
         ValueError: the forward pass fails.
     """
-    twin = copy.deepcopy(model).eval()
-    _stir(twin)
-    weighted = _layer_names(twin)
+    twin = perturbed(model)
+    weighted = layer_names(twin)
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
     modules = {canonical_name(name): module for name, module in twin.named_modules() if name}
 
-    def recorder(name: str) -> Callable[..., None]:
-        def record(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            calls[name] = (inputs, named)
+    def record(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        calls[name] = (inputs, named)
 
-        return record
-
-    hooks = [
-        module.register_forward_pre_hook(recorder(name), with_kwargs=True)
+    around = {
+        name: module
         for name, module in modules.items()
         if any(layer.startswith(f"{name}.") for layer in weighted)
-    ]
+    }
     with torch.no_grad():
-        run_example(twin, example_input)
-        for hook in hooks:
-            hook.remove()
+        with observed(around, record):
+            run_example(twin, example_input)
         found: list[str] = []
         for name in sorted(calls, key=lambda name: -name.count(".")):
             holds_one = any(other.startswith(f"{name}.") for other in found)
@@ -56,22 +48,10 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
     return [name for name in modules if name in found]
 
 
-def _layer_names(model: nn.Module) -> list[str]:
+def layer_names(model: nn.Module) -> list[str]:
     """All convolutions and dense layers, those of transformers' own kind included."""
     names = [layer.name for layer in weighted_layers(model)]
     return list(dict.fromkeys(names + [layer.name for layer in dense_layers(model).values()]))
-
-
-def _stir(model: nn.Module) -> None:
-    """Give random values to what is zero, and would let parts of a block pass for a block.
-
-    That are running means, without which even a norm without scale and shift gives zero, and
-    parameters that are all zero, as pruned or fresh networks have them.
-    """
-    generator = torch.Generator().manual_seed(0)
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if name.endswith("running_mean") or (tensor.is_floating_point() and not tensor.any()):
-            tensor.detach().add_(torch.randn(tensor.shape, generator=generator).to(tensor))
 
 
 def _alone(model: nn.Module, block: nn.Module) -> bool:
@@ -91,8 +71,6 @@ def _is_identity(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any
     for parameter, value in zip(block.parameters(), before, strict=True):
         parameter.copy_(value)
     output = output[0] if isinstance(output, tuple) and output else output
-    if given is None or not isinstance(output, Tensor) or output.shape != given.shape:
+    if given is None or not isinstance(output, Tensor):
         return False
-    return torch.allclose(
-        output, given, rtol=_TOLERANCE, atol=_TOLERANCE * float(given.abs().max())
-    )
+    return relative_difference([output], [given]) <= TOLERANCE

@@ -19,14 +19,14 @@ if TYPE_CHECKING:
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-def whole_model(model: nn.Module) -> nn.Module:
+def unsharded_copy(model: nn.Module) -> nn.Module:
     """A copy of ``model`` on the CPU with all of every parameter; itself where none is sharded.
 
     Every process has to ask. Groups are found on the copy: a graph, an example's outputs and most
     rules need a module that acts like a module.
 
     >>> network = nn.Linear(2, 3)
-    >>> whole_model(network) is network
+    >>> unsharded_copy(network) is network
     True
     """
     for module in model.modules():

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_wgsef.network.channels import parameter_axis
-from lightning_wgsef.network.dependency_graph import Graph, Side, Tied
+from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
 from lightning_wgsef.network.operations import OPTYPE
 from lightning_wgsef.network.slim_modules import Skip, SlimAttention
@@ -188,7 +188,9 @@ _PASSED = {
 }
 
 
-def channel_removal(graph: Graph, removals: Iterable[tuple[Tied, Collection[int]]]) -> RemovalPlan:
+def channel_removal(
+    graph: Graph, removals: Iterable[tuple[CoupledChannels, Collection[int]]]
+) -> RemovalPlan:
     """The plan that takes bundles of channels out of the model that the graph was built of.
 
     Args:

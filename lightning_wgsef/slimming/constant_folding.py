@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.network.example_input import run_example
+from lightning_wgsef.network.example_input import observed, run_example
 
 
 def constants(
@@ -38,7 +38,8 @@ def constants(
     """
     found: dict[str, Tensor] = {}
 
-    def look(name: str, module: Any, given: Tensor) -> None:
+    def look(name: str, module: Any, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+        given = args[0] if args else next(iter(named.values()))
         axis = 1 - module.weight.dim()  # -1 for dense layers, -3 for images
         index = torch.tensor(places[name], device=given.device)
         channels = given.index_select(axis, index).movedim(axis, 0).flatten(1)
@@ -47,20 +48,11 @@ def constants(
         same = (lowest == highest) & torch.isclose(known, lowest, rtol=1e-6, atol=0)
         found[name] = known.where(same, torch.nan)
 
-    hooks = [
-        modules[name].register_forward_pre_hook(
-            lambda module, given, name=name: look(name, module, given[0])
-        )
-        for name in places
-    ]
-    try:
-        with torch.no_grad(), torch.random.fork_rng([]):
-            for mode, example in examples:
-                network.train(mode)
-                run_example(network, example)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    readers = {name: modules[name] for name in places}
+    with torch.no_grad(), torch.random.fork_rng([]), observed(readers, look):
+        for mode, example in examples:
+            network.train(mode)
+            run_example(network, example)
     unseen = {name: torch.full((len(places[name]),), torch.nan) for name in places}
     return {**unseen, **found}
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from lightning_wgsef.network.layers import canonical_name, modules_by_name
+from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwrap
 from lightning_wgsef.network.surgery import RemovalPlan
 from lightning_wgsef.slimming.slim import Slimming
 from lightning_wgsef.utils.files import atomic_write, check_writable
@@ -122,7 +122,7 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
     model = make_model()
-    model = getattr(model, "_orig_mod", model)
+    model = unwrap(model)
     before = sum(parameter.numel() for parameter in model.parameters())
     made = f"make_model makes another network than the {header.get('model')} that became {path}"
     try:
@@ -145,7 +145,7 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
             )
     model.load_state_dict({own[name]: value for name, value in state.items()})
     after = sum(parameter.numel() for parameter in model.parameters())
-    model.slimming = Slimming(plans, parameters=(before, after))
+    model.slimming = Slimming(plans, parameters=(before, after))  # type: ignore[assignment]
     return model.eval()
 
 

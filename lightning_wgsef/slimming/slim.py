@@ -24,7 +24,7 @@ from lightning_wgsef.network.example_input import (
     run_example,
     tensors,
 )
-from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.layers import canonical_name, unwrap
 from lightning_wgsef.network.residual import residual_blocks
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, check_optimizer
 from lightning_wgsef.slimming.dead_channels import DeadChannels, dead_channels, has_zero_channels
@@ -280,7 +280,7 @@ def _take_over(
     model: nn.Module, slimmed: nn.Module, plans: list[RemovalPlan], optimizer: Optimizer | None
 ) -> None:
     """Do to the model what was done to its copy, with the values of the copy."""
-    inner = getattr(model, "_orig_mod", model)
+    inner = unwrap(model)
     if optimizer is not None:
         check_optimizer(inner, optimizer)
     for plan in plans:

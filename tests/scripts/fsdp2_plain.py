@@ -21,7 +21,7 @@ from torch.distributed.tensor.parallel import (
 )
 
 from lightning_wgsef import WGSEF, CubicRamp, HalfSpace, Homotopy
-from lightning_wgsef.network.sharding import whole_model
+from lightning_wgsef.network.sharding import unsharded_copy
 
 STEPS = 26
 BATCH = 12  # which two, three and four processes share evenly
@@ -106,7 +106,7 @@ def train(
             optimizer.step()
         sums.append(sum(communication.get_comm_counts().values()))
     if torch.distributed.is_initialized():  # what happens to a copy leaves the network alone
-        for value in whole_model(network).parameters():
+        for value in unsharded_copy(network).parameters():
             value.data.zero_()
     return {
         "weights": {name: whole(value) for name, value in network.named_parameters()},
