@@ -1,1 +1,1 @@
-"""The callback and all else that knows Lightning; nothing outside of this package does."""
+"""Lightning: the callback, and all else that knows it; nothing outside of this package does."""

@@ -1,4 +1,4 @@
-"""The Lightning callback: hooks of a few lines each around the regularizer."""
+"""Lightning callback: hooks of a few lines each around the regularizer."""
 
 from __future__ import annotations
 
@@ -169,16 +169,16 @@ class WGSEFCallback(Callback):
 
     @property
     def prefix(self) -> str:
-        """Of the logged names."""
+        """Prefix of the logged names."""
         return "wgsef" if self.name is None else f"wgsef/{self.name}"
 
     @property
     def state_key(self) -> str:
-        """The key of the callback's state in checkpoints."""
+        """Key of the callback's state in checkpoints."""
         return "WGSEFCallback" if self.name is None else f"WGSEFCallback[{self.name}]"
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and masks."""
+        """Return counters and masks, see `WGSEF.state_dict`."""
         if self._state or self.regularizer is None:  # loaded, and no training since
             return dict(self._state)
         return self.regularizer.state_dict()
@@ -251,7 +251,7 @@ class WGSEFCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Log; from the freeze on, keep averages of the weights sparse, too."""
+        """Log what is due; from the freeze on, keep averages of the weights sparse, too."""
         assert self.regularizer is not None
         assert self._summary is not None
         if self.regularizer.frozen and not self._averages_masked:

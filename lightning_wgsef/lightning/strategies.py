@@ -1,4 +1,8 @@
-"""What Lightning's strategies do to weights: which are refused, which restore them late."""
+"""Strategies of Lightning: which are refused, and which restore weights late.
+
+To support another one, see `lightning_wgsef.network.sharding` (weights of which every process has a
+part) and `lightning_wgsef.groups.sharding` (groups of such weights).
+"""
 
 from __future__ import annotations
 
@@ -28,5 +32,5 @@ def check_strategy(trainer: Trainer) -> None:
 
 
 def restores_later(trainer: Trainer) -> bool:
-    """Are the weights of a checkpoint restored between the start of the fit and of training?"""
+    """Return whether a checkpoint is restored between the start of the fit and of training."""
     return trainer.strategy.restore_checkpoint_after_setup and trainer.ckpt_path is not None

@@ -1,4 +1,4 @@
-"""What a run shows besides logged scalars: tables and lines in the terminal, and the dashboard."""
+"""Summary of a run, besides logged scalars: tables and lines in the terminal, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class PruningSummary:
-    """Shows one regularizer's run; silent where Lightning's model summary is.
+    """Summary of one regularizer's run; silent where Lightning's model summary is.
 
     Args:
         trainer: of the run.
@@ -64,16 +64,16 @@ class PruningSummary:
             )
 
     def log(self, trainer: Trainer) -> None:
-        """Show the groups as they are; every process has to ask where weights are sharded."""
+        """Write norms to TensorBoard; every process has to call it where weights are sharded."""
         if self._shows_more:
             norms = self.regularizer.groups.norms()
             for dashboard in self.dashboards:
                 dashboard.log(norms, self._budget(), logged_step(trainer))
 
     def end(self, trainer: Trainer, model: nn.Module, example_input: Any) -> None:
-        """The report, with operations where there is an example input that runs.
+        """Show the report, with operations where there is an example input that runs.
 
-        Every process has to ask where weights are sharded.
+        Every process has to call it where weights are sharded.
         """
         if not self._has_summary and not self._shows_more:
             return
@@ -93,7 +93,7 @@ class PruningSummary:
             dashboard.finish(str(report), share, logged_step(trainer))
 
     def _budget(self) -> float:
-        """Of everything together; of n:m as many as stay in all rows of m."""
+        """Return the budget of all groups; of n:m as many as stay in all rows of m."""
         groups = self.regularizer.groups
         if groups.is_global:
             return float(groups.budgets[0])

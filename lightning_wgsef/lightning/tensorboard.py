@@ -1,4 +1,4 @@
-"""What TensorBoard shows on top of scalars: charts, histograms, pictures, hparams."""
+"""TensorBoard: charts, histograms, pictures and hparams on top of scalars."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from lightning_wgsef.groups.groups import Groups
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
 
-
+# Size of a picture: entries in time, groups.
 COLUMNS = 256
-
 ROWS = 256
 
+# Its colours.
 _ALIVE = (31, 119, 180)
-
 _DEAD = (225, 225, 225)
 
 
@@ -27,18 +26,16 @@ class GroupHistory:
 
     Args:
         counts: number of groups of every layer, by its name.
-        columns: the most entries that are kept.
 
-    >>> history = GroupHistory({"fc": 3}, columns=4)
-    >>> for step in range(6):
-    ...     history.update(torch.tensor([True, step < 2, step < 4]))
+    >>> history = GroupHistory({"fc": 3})
+    >>> for step in range(3):
+    ...     history.update(torch.tensor([True, step < 1, step < 2]))
     >>> history.alive("fc").int().tolist()
     [[1, 1, 1], [1, 0, 1], [1, 0, 0]]
     """
 
-    def __init__(self, counts: dict[str, int], columns: int = COLUMNS) -> None:
+    def __init__(self, counts: dict[str, int]) -> None:
         self.counts = counts
-        self.columns = columns
         self._kept: list[Tensor] = []
         self._stride = 1
         self._asked = 0
@@ -47,7 +44,7 @@ class GroupHistory:
         """Append the live groups, shape (m,), layer after layer; waits for no accelerator."""
         if self._asked % self._stride == 0:
             self._kept.append(alive.clone())
-            if len(self._kept) > self.columns:
+            if len(self._kept) > COLUMNS:
                 self._kept = self._kept[::2]
                 self._stride *= 2
         self._asked += 1
@@ -60,7 +57,7 @@ class GroupHistory:
         return parts[names.index(layer)]
 
     def picture(self, layer: str) -> Tensor:
-        """An image, bytes of shape (3, height, width): blue is alive, grey is dead.
+        """Return an image, bytes of shape (3, height, width): blue is alive, grey is dead.
 
         Time runs to the right, groups that live longest are at the top. Of more than ``ROWS``
         groups as many are shown, at equal distances in that order.
@@ -82,15 +79,15 @@ def _last_alive(recorded: Tensor) -> Tensor:
     return torch.where(recorded, numbers, -1).max(0).values
 
 
+# How many times in a run histograms and pictures are written: event files stay small.
 TIMES = 4
-"""How many times in a run histograms and pictures are written: event files stay small."""
 
+# Of a histogram.
 BUCKETS = 32
-"""Of a histogram."""
 
 
 class Dashboard:
-    """Writes for the groups of one regularizer.
+    """Dashboard of the groups of one regularizer.
 
     Args:
         writer: a ``SummaryWriter``.
@@ -127,13 +124,13 @@ class Dashboard:
             self.writer.add_image(f"{self.prefix}/{name}/life_of_the_groups", image, step)
 
     def finish(self, report: str, sparsity: float, step: int) -> None:
-        """The final report, a table, and the share of the grouped weights that are zero."""
+        """Write the final report, a table, and the share of the grouped weights that are zero."""
         self.writer.add_text(f"{self.prefix}/report", f"```\n{report}\n```", step)
         self.writer.add_scalar(f"{self.prefix}/final_sparsity", sparsity, step)
 
 
 def layout(prefix: str) -> dict[str, list[Any]]:
-    """Charts of several curves each, as ``SummaryWriter.add_custom_scalars`` takes them.
+    """Return charts of several curves each, as ``SummaryWriter.add_custom_scalars`` takes them.
 
     >>> sorted(layout("wgsef"))
     ['budget and groups alive', 'gap', 'group sparsity of layers']
@@ -146,7 +143,7 @@ def layout(prefix: str) -> dict[str, list[Any]]:
 
 
 def write_hparams(trainer: Trainer, callback: Any) -> None:
-    """Write what was asked for, with the names of the scalars that came of it.
+    """Write the arguments of the callbacks as hparams, with the names of the results.
 
     Args:
         trainer: at the end of training.
@@ -182,7 +179,10 @@ def _settings(callbacks: list[Any]) -> dict[str, Any]:
 
 
 def tensorboard_loggers(trainer: Trainer) -> list[Any]:
-    """Those that write: other processes and ``fast_dev_run`` have dummies that answer anything."""
+    """Return the loggers that write.
+
+    Other processes and ``fast_dev_run`` have dummies, whose experiment is no ``SummaryWriter``.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     return [

@@ -1,1 +1,1 @@
-"""What follows every step of an optimizer: the proximal step, the schedule, the freeze."""
+"""Training: what follows every step of an optimizer, from the proximal step to the freeze."""

@@ -19,7 +19,7 @@ LATEST = 0.75
 
 
 class FreezeRule:
-    """When the mask of the groups of one optimizer is fixed.
+    """Rule by which the mask of the groups of one optimizer is fixed.
 
     Args:
         freeze: "converged", a number of steps (int), a share of training (float), or None (never).
@@ -54,7 +54,7 @@ class FreezeRule:
 
     @property
     def step(self) -> int | None:
-        """The step after which the mask is fixed at the latest; None where none is named.
+        """Step with which the mask is fixed at the latest; None where no step is known.
 
         Raises:
             ValueError: a share of training of unknown length.
@@ -73,7 +73,7 @@ class FreezeRule:
         return step is not None and taken + 1 >= step
 
     def update(self, alive: Tensor, gap: Tensor, value: Tensor) -> bool:
-        """Record the live groups, shape (m,), gap and value, shape (S,); return: converged?"""
+        """Record live groups, shape (m,), gap and value, shape (S,); return: converged?"""
         settled = bool((gap <= TOLERANCE * value).all())
         same = self.alive is not None and torch.equal(alive, self.alive)
         self.unchanged = self.unchanged + 1 if settled and same else 0

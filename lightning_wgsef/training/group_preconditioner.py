@@ -1,4 +1,4 @@
-r"""The metric D of an optimizer as groups see it: sums over their weights, and the metric prox.
+r"""Preconditioner D of an optimizer, summed over groups, and the proximal step in its metric.
 
 Everything walks over the weights in chunks that stay in the cache.
 """
@@ -15,15 +15,15 @@ from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Chunk, chunks, joined, laid_along
 from lightning_wgsef.training.preconditioners import Preconditioner
 
+# The largest debias * t in units of D, which it must not reach.
 LARGEST = 1 - 1e-6
-"""The largest debias * t in units of D, which it must not reach."""
 
 
 class GroupPreconditioner:
     """The diagonal metric in which ``optimizer`` steps, for groups that it trains.
 
     A parameter that has not taken a step yet has D = 1. D is held for all weights of the groups,
-    since its square roots are dear; `refresh` reads it from the optimizer.
+    since its square roots are expensive; `refresh` reads it from the optimizer.
     """
 
     def __init__(self, groups: Groups, optimizer: Optimizer, preconditioner: Preconditioner):
@@ -65,27 +65,27 @@ class GroupPreconditioner:
                 chunk.of(diagonal).copy_(self.preconditioner(parts, settings))
 
     def norms(self) -> Tensor:
-        r"""Norm of every group in the metric, :math:`(\sum D_i \theta_i^2)^{1/2}`, shape (m,)."""
+        r"""Return the norm of every group, :math:`(\sum D_i \theta_i^2)^{1/2}`, shape (m,)."""
 
         def weighed(values: Tensor, metric: Tensor, _: tuple[Tensor, ...]) -> tuple[Tensor]:
-            room = self._room(0, metric)
-            return (torch.mul(values, values, out=room).mul_(metric),)
+            buffer = self._buffer(0, metric)
+            return (torch.mul(values, values, out=buffer).mul_(metric),)
 
         return self._sums(weighed)[0].sqrt_()
 
     def means(self) -> Tensor:
-        """Mean of D over every group, shape (m,)."""
+        """Return the mean of D over every group, shape (m,)."""
         (total,) = self._sums(lambda _, metric, __: (metric,))
         return total / self.groups.sizes.to(total)
 
     def sums(self, shares: Tensor, thresholds: Tensor, debias: float) -> tuple[Tensor, Tensor]:
-        """What `metric_shares` asks for, at these shares: two sums over every group."""
+        """Return what `metric_shares` asks for at these shares: two sums over every group, (m,)."""
 
         def terms(
             values: Tensor, metric: Tensor, per_slice: tuple[Tensor, ...]
         ) -> tuple[Tensor, Tensor]:
             share, threshold = per_slice
-            squares, denominators = self._room(0, metric), self._room(1, metric)
+            squares, denominators = self._buffer(0, metric), self._buffer(1, metric)
             limited = _limited(threshold, metric, debias)
             reduced = metric if debias == 0 else metric - debias * limited
             torch.mul(reduced, share, out=denominators).add_(limited)
@@ -100,9 +100,9 @@ class GroupPreconditioner:
     def scale_(
         self, shares: Tensor, thresholds: Tensor, debias: float, allowed: Tensor | None
     ) -> None:
-        r"""The metric prox with these shares, in place: multiply by D u / ((D - γt) u + t)."""
+        r"""Apply the prox with these shares, in place: multiply by D u / ((D - γt) u + t)."""
         for chunk, metric, (share, threshold) in self._walk(shares, thresholds):
-            factors, denominators = self._room(0, metric), self._room(1, metric)
+            factors, denominators = self._buffer(0, metric), self._buffer(1, metric)
             limited = _limited(threshold, metric, debias)
             torch.mul(metric, share, out=factors)
             if debias == 0:
@@ -116,8 +116,8 @@ class GroupPreconditioner:
             values = chunk.of(chunk.member.weights)
             values.mul_(factors.to(values.dtype))
 
-    def _room(self, slot: int, like: Tensor) -> Tensor:
-        """Memory for what is computed of a chunk, the same for every chunk of a shape."""
+    def _buffer(self, slot: int, like: Tensor) -> Tensor:
+        """Return memory for what is computed of a chunk, the same for every chunk of a shape."""
         key = slot, like.shape
         if key not in self._scratch:
             self._scratch[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
@@ -141,7 +141,7 @@ class GroupPreconditioner:
         return [self.groups.layout.gathered(terms) for terms in zip(*per_member, strict=True)]
 
     def _walk(self, *per_group: Tensor) -> Iterator[tuple[Chunk, Tensor, tuple[Tensor, ...]]]:
-        """Every chunk with its part of D and the per-group numbers laid along it.
+        """Yield every chunk with its part of D and the per-group numbers laid along it.
 
         The numbers are shares and thresholds: 1 and 0 leave what is in no group as it is.
         """
@@ -157,5 +157,5 @@ class GroupPreconditioner:
 
 
 def _limited(thresholds: Tensor, metric: Tensor, debias: float) -> Tensor:
-    """The debiased form needs D > debias t: a larger t stops there, at the projection."""
+    """Return t where D > debias t, which the debiased form needs, else the largest such t."""
     return thresholds if debias == 0 else torch.minimum(thresholds, LARGEST / debias * metric)

@@ -1,4 +1,4 @@
-"""The half-space step of HSPG and AdaHSPG+: groups that are about to turn round become zero."""
+"""Half-space step of HSPG and AdaHSPG+: groups that are about to turn round become zero."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lightning_wgsef.utils.validation import check_count_or_share
 
 @dataclass(frozen=True)
 class HalfSpace:
-    r"""After a warm-up of plain proximal steps, project groups that leave their half space.
+    r"""Projection of groups that leave their half space, after a warm-up of proximal steps.
 
     With :math:`\theta` the weights before a step and :math:`\hat\theta` after the optimizer's and
     the proximal step,
@@ -50,7 +50,7 @@ class HalfSpace:
 
 
 def as_half_space(half_space: float | HalfSpace | None) -> HalfSpace | None:
-    """``half_space``, where a number is its epsilon.
+    """Return ``half_space`` as a `HalfSpace`, where a number is its epsilon.
 
     Raises:
         ValueError: an epsilon outside [0, 1), or something else.
@@ -69,7 +69,7 @@ def as_half_space(half_space: float | HalfSpace | None) -> HalfSpace | None:
 
 @torch.no_grad()
 def inside_half_space(groups: Groups, before: Mapping[str, Tensor], epsilon: float) -> Tensor:
-    """1 for every group that stays in its half space, 0 for the others, shape (m,).
+    """Return 1 for every group that stays in its half space, 0 for the others, shape (m,).
 
     Args:
         groups: their weights are the trial point.

@@ -1,4 +1,4 @@
-"""The numbers to log: how sparse every layer is, and how far from its budget."""
+"""Metrics to log: how sparse every layer is, and how far from its budget."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def logged_metrics(
     *,
     frozen: bool,
 ) -> dict[str, Tensor]:
-    """Numbers of shape (), always under the same names; on the model's device, nothing waits.
+    """Return numbers of shape (), always under the same names, on the model's device.
 
     Args:
         groups: the groups.

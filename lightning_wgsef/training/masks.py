@@ -1,4 +1,4 @@
-"""Masks: which groups are alive, kept that way after the freeze; and when they have converged."""
+"""Masks: which groups are alive, found in weights or files, and applied to weights and moments."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from lightning_wgsef.groups.members import Member
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.utils.files import read_checkpoint
 
+# For every layer, by name, a boolean for every group: alive?
 Masks = dict[str, Tensor]
-"""For every layer, by name, a boolean for every group: alive?"""
 
 
 def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = None) -> Masks:
-    """The masks that the weights already have: a group is dead where all its weights are zero.
+    """Return the masks that weights already have: a group is dead where all of it is zero.
 
     Args:
         groups: the groups of a model, as `group_parameters` makes them.
@@ -54,14 +54,14 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
 
 
 def given_masks(groups: Groups, masks: str | Path) -> Masks:
-    """`masks_from_zeros` for "from_zeros", else those of the checkpoint at this path."""
+    """Return `masks_from_zeros` for "from_zeros", else those of the checkpoint at this path."""
     if masks == "from_zeros":
         return masks_from_zeros(groups)
     return masks_from_checkpoint(groups, masks)
 
 
 def within_masks(groups: Groups, masks: Mapping[str, Tensor]) -> Groups:
-    """The groups, with what is alive as their budgets; n:m budgets stay.
+    """Return the groups with what is alive as their budgets; n:m budgets stay.
 
     >>> from lightning_wgsef.groupings.group_parameters import group_parameters
     >>> groups = group_parameters(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), k=1.0)
@@ -116,7 +116,7 @@ def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimi
 
 
 def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
-    """The masks of the weights in a checkpoint: Lightning's, or a plain ``state_dict``.
+    """Return the masks of the weights in a checkpoint: Lightning's, or a plain ``state_dict``.
 
     Raises:
         ValueError: no such file, not a checkpoint, of another model, or without a zero group.
@@ -135,7 +135,7 @@ def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
 
 
 def _dead(groups: Groups, masks: Mapping[str, Tensor]) -> Iterator[tuple[Member, Tensor]]:
-    """Every member, and which of its weights are dead, to broadcast with them."""
+    """Yield every member, and which of its weights are dead, to broadcast with them."""
     nobody = torch.zeros(0, dtype=torch.bool, device=groups.device)
     alive = torch.cat([nobody, *(masks[layer.name].to(groups.device) for layer in groups.layers)])
     for member, part in zip(groups.layout.members, groups.layout.spread(alive, True), strict=True):

@@ -14,7 +14,7 @@ Action = Callable[[Optimizer], None]
 
 
 def inner(optimizer: Optimizer) -> Optimizer:
-    """The optimizer that takes the steps, inside what Fabric or Accelerate put around it.
+    """Return the optimizer that takes the steps, inside what Fabric or Accelerate put around it.
 
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     >>> inner(optimizer) is optimizer
@@ -25,7 +25,7 @@ def inner(optimizer: Optimizer) -> Optimizer:
 
 
 class StepHooks:
-    """What happens before and after every step of ``optimizer``, until it is removed.
+    """Hooks before and after every step of ``optimizer``, until they are removed.
 
     >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
     >>> hooks = StepHooks(optimizer, after=lambda _: print("after"))
@@ -51,12 +51,12 @@ class StepHooks:
             self._handles.append(optimizer.register_step_pre_hook(outside))
 
     def grown(self) -> bool:
-        """Does the optimizer train other parameters than when last asked?"""
+        """Return whether the optimizer trains other parameters than at the last call."""
         before, self._size = self._size, self._trained_count()
         return before != self._size
 
     def remove(self) -> None:
-        """Leave the optimizer alone."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -66,7 +66,7 @@ class StepHooks:
 
 
 def trained_by(groups: Groups, optimizer: Optimizer) -> Iterator[str]:
-    """Names of the layers whose members ``optimizer`` trains.
+    """Yield the names of the layers whose members ``optimizer`` trains.
 
     Members without a gradient (a frozen norm's scale) may be in no optimizer.
 
@@ -89,6 +89,6 @@ def trained_by(groups: Groups, optimizer: Optimizer) -> Iterator[str]:
 
 
 def holds(optimizer: Optimizer, layer: GroupedLayer) -> bool:
-    """Does the optimizer hold parameters of the layer, trainable or not?"""
+    """Return whether the optimizer holds parameters of the layer, trainable or not."""
     own = {id(member.parameter) for member in layer.members}
     return any(id(p) in own for group in optimizer.param_groups for p in group["params"])

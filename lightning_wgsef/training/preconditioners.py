@@ -1,4 +1,4 @@
-r"""The metric an optimizer steps in: a diagonal D for every parameter, read from its state.
+r"""Preconditioners of optimizers: a diagonal D for every parameter, read from their state.
 
 A step is :math:`\theta \leftarrow \theta - \mathrm{lr} \cdot m / D`, elementwise, with m the
 optimizer's direction, an average of gradients without its bias. Adam, say, takes gradient steps in
@@ -19,18 +19,17 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Adagrad, Adam, Adamax, AdamW, NAdam, Optimizer, RAdam, RMSprop
 
+# From a parameter's optimizer state and its param group's settings to D.
+#
+# The state is one that a step has filled. D has the parameter's shape and is new memory, in float32
+# (float64 for float64 state), and positive wherever the optimizer's eps is. It is elementwise: the
+# entries of the state that are shaped like the parameter may be replaced by slices of them, and D
+# then has the slice's shape.
 Preconditioner = Callable[[Mapping[str, Any], Mapping[str, Any]], Tensor]
-"""From a parameter's optimizer state and its param group's settings to D.
-
-The state is one that a step has filled. D has the parameter's shape and is new memory, in float32
-(float64 for float64 state), and positive wherever the optimizer's eps is. It is elementwise: the
-entries of the state that are shaped like the parameter may be replaced by slices of them, and D
-then has the slice's shape.
-"""
 
 
 def preconditioner(optimizer: Optimizer) -> Preconditioner | None:
-    r"""What computes the metric D of ``optimizer``; None stands for the identity, :math:`D = 1`.
+    r"""Return what computes D for ``optimizer``; None stands for the identity, :math:`D = 1`.
 
     With t the number of steps and :math:`c = 1 - \beta_2^t`:
 
@@ -72,7 +71,7 @@ def preconditioner(optimizer: Optimizer) -> Preconditioner | None:
 
 
 def register_preconditioner(optimizer: type[Optimizer], adapter: Preconditioner | None) -> None:
-    """Make the metric of an optimizer class known, or replace it; its subclasses inherit it.
+    """Register D of an optimizer class, or replace it; its subclasses inherit it.
 
     Args:
         optimizer: the class.
@@ -152,13 +151,13 @@ _warned: set[type[Optimizer]] = set()
 
 
 def _steps(state: Mapping[str, Any]) -> float | Tensor:
-    """How many steps were taken; 1 where a grad scaler skipped the first: its state is zero."""
+    """Return the number of steps; 1 where a grad scaler skipped the first: its state is zero."""
     steps = _number(state["step"])
     return steps.clamp(min=1) if isinstance(steps, Tensor) else max(steps, 1.0)
 
 
 def _number(value: float | Tensor) -> float | Tensor:
-    """A setting or a counter, read if that does not wait for an accelerator.
+    """Return a setting or a counter, read if that does not wait for an accelerator.
 
     Otherwise a tensor of no dimension, in float64 where the device has it: in float32 the bias
     corrections of the first steps lose half their digits.
@@ -173,5 +172,5 @@ def _readable(tensor: Tensor) -> bool:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    """In the type to compute in."""
+    """Return the tensor in the type to compute in."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -1,4 +1,4 @@
-"""One proximal step on the weights of groups: how they are measured, scaled and projected."""
+"""Proximal step on the weights of groups: norms, factors, scaling and projection."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def check_step(
 
 
 class ProximalStep:
-    r"""The proximal step of a penalty on the groups that ``optimizer`` trains.
+    r"""Proximal step of a penalty on the groups that ``optimizer`` trains.
 
     Args:
         groups: the groups; their budgets are looked up at every step.
@@ -111,7 +111,7 @@ class ProximalStep:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Norm of every group as the competition measures it, shape (m,)."""
+        """Return the norm of every group as the penalty measures it, shape (m,)."""
         if self._metric is not None:
             self._metric.refresh()
         metric = self._metric if self.schedule.homotopy else None
@@ -124,7 +124,7 @@ class ProximalStep:
         return norms if self.remainder is None else norms * self.remainder
 
     def take(self, norms: Tensor, taken: int, budgets: Tensor, allowed: Tensor | None) -> None:
-        """Step, with the norms that `norms` gave.
+        """Take the step, with the norms that `norms` gave.
 
         Args:
             norms: shape (m,).
@@ -159,7 +159,7 @@ class ProximalStep:
             self.remainder = None
 
     def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
-        """The projection onto the budgets: is a group kept? Booleans, shape (m,)."""
+        """Return which groups the projection onto the budgets keeps, booleans of shape (m,)."""
         self.groups.layout.weigh(norms)
         scope = Scope(self.groups, norms, budgets)
         factors = prox_multipliers(
@@ -234,7 +234,7 @@ class ProximalStep:
         metric.scale_(self.shares, thresholds, self.debias, allowed)
 
     def _thresholds(self, norms: Tensor) -> Tensor:
-        """The step size times the weight of every group, shape (m,), float64."""
+        """Return the step size times the weight of every group, shape (m,), float64."""
         size = torch.as_tensor(self.size, dtype=torch.float64, device=norms.device)
         sizes = self.groups.segments.spread(size.expand(self.groups.segments.count))
         return sizes if self.groups.weights is None else sizes * self.groups.weights
@@ -253,7 +253,7 @@ class ProximalStep:
         return norms if self.groups.weights is None else norms * self.groups.weights.sqrt()
 
     def _lowest_resolution(self) -> float:
-        """The relative change that is applied at once; 0 where every weight has full precision."""
+        """Return the relative change that is applied at once; 0 where all have full precision."""
         kinds = {member.parameter.dtype for member in self.groups.layout.members}
         coarse = [torch.finfo(kind).eps for kind in kinds if kind.itemsize < 4]
         return _UNITS * max(coarse, default=0.0)
@@ -267,7 +267,7 @@ class ProximalStep:
         return [places[id(layer.largest_member.parameter)] for layer in self.groups.layers]
 
     def _lr(self) -> float | Tensor:
-        """Learning rate: one number, or one for every layer where they differ, shape (S,)."""
+        """Return the learning rate, or one for every layer where they differ, shape (S,)."""
         rates = [self.optimizer.param_groups[number]["lr"] for number in self._owner]
         first: float | Tensor = rates[0]
         # Tensors are not compared: that would wait for the device they are on.

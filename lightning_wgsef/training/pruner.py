@@ -1,4 +1,4 @@
-"""What happens after every step of one optimizer: the proximal step, and later the mask."""
+"""Pruner of the groups that one optimizer trains: proximal steps, and later the mask."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLLAPSED = 1e-3
 
 
 class Pruner:
-    """The groups that one optimizer trains, and where they are on their way to the budget.
+    """Pruner of the groups that one optimizer trains, from the first step to the mask.
 
     Args:
         step: the proximal step, with the groups and the optimizer that trains all their members.
@@ -44,9 +44,9 @@ class Pruner:
         step: ProximalStep,
         *,
         freeze: str | int | float | None,
-        ramp: CubicRamp | None = None,
-        half_space: HalfSpace | None = None,
-        masks: Masks | None = None,
+        ramp: CubicRamp | None,
+        half_space: HalfSpace | None,
+        masks: Masks | None,
     ) -> None:
         self.step = step
         self.groups = step.groups
@@ -75,16 +75,16 @@ class Pruner:
 
     @property
     def frozen(self) -> bool:
-        """Is the mask fixed?"""
+        """Whether the mask is fixed."""
         return self.masks is not None
 
     @property
     def step_size(self) -> float | Tensor:
-        """The step size of the last step; 0 once the mask is fixed."""
+        """Step size of the last step; 0 once the mask is fixed."""
         return 0.0 if self.frozen else self.step.size
 
     def budgets(self) -> Tensor:
-        """The budgets of the next step, shape (S,)."""
+        """Return the budgets of the next step, shape (S,)."""
         groups = self.groups
         if self._ramp is None:
             return groups.budgets
@@ -229,7 +229,7 @@ class Pruner:
             self.check_finite()
 
     def _allowed(self) -> Tensor | None:
-        """Was the step taken, and can it be followed? Without waiting for an accelerator."""
+        """Return whether the step was taken and is finite; None: yes. Waits for no accelerator."""
         found_inf = getattr(self.optimizer, "found_inf", None)  # a fused step under a grad scaler
         allowed = None if self.groups.device.type == "cpu" else self._all_finite
         if isinstance(found_inf, Tensor):

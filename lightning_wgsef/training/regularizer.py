@@ -1,4 +1,4 @@
-"""The regularizer: groups of a model that compete for their budgets while optimizers train them."""
+"""Regularizer of a model: its groups compete for budgets while optimizers train them."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ class WGSEF:
 
     @property
     def frozen(self) -> bool:
-        """Are the masks of all trained layers fixed?"""
+        """Whether the masks of all trained layers are fixed."""
         return bool(self.pruners) and all(pruner.frozen for pruner in self.pruners)
 
     @property
     def masks(self) -> Masks:
-        """For every layer a boolean for every group: alive? Frozen masks, else live norms."""
+        """Masks of all layers, a boolean for every group: frozen ones, else where norms live."""
         masks: Masks = {}
         for pruner in self.pruners:
             masks.update(pruner.masks or {})
@@ -110,7 +110,7 @@ class WGSEF:
         return {layer.name: masks[layer.name] for layer in self.groups.layers}
 
     def attach(self, *optimizers: Optimizer) -> WGSEF:
-        """Act after every step of ``optimizers`` from now on; returns the regularizer.
+        """Act after every step of ``optimizers`` from now on; return the regularizer.
 
         Layers whose parameters enter an optimizer later (``add_param_group``) join then.
 
@@ -132,7 +132,7 @@ class WGSEF:
         return self
 
     def waiting(self) -> list[str]:
-        """Names of the grouped layers that no attached optimizer trains yet."""
+        """Return the names of the grouped layers that no attached optimizer trains yet."""
         attached = {layer.name for pruner in self.pruners for layer in pruner.groups.layers}
         return [layer.name for layer in self.groups.layers if layer.name not in attached]
 
@@ -143,7 +143,7 @@ class WGSEF:
         self._hooks.clear()
 
     def step(self, optimizer: Optimizer) -> None:
-        """What `attach` does after every step of ``optimizer``.
+        """Follow a step of ``optimizer``, as `attach` does after every one.
 
         Raises:
             FloatingPointError: a weight is NaN or infinite; nothing was changed.
@@ -156,17 +156,17 @@ class WGSEF:
                 pruner.after_step()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """What `attach` does before every step of ``optimizer`` where there is a half space."""
+        """Prepare a step of ``optimizer``, as `attach` does where there is a half space."""
         for pruner in self.pruners:
             if pruner.optimizer is optimizer:
                 pruner.before_step()
 
     def value(self) -> Tensor:
-        """Value of the penalty in every layer, shape (S,); in a global competition of all, (1,)."""
+        """Return the penalty of every layer, shape (S,); with a global scope of all, (1,)."""
         return self._value_and_gap(self.groups.norms())[0]
 
     def gap(self) -> Tensor:
-        """Sparsity gap, shaped like `value`; 0 where the budget is kept."""
+        """Return the sparsity gap, shaped like `value`; 0 where the budget is kept."""
         return self._value_and_gap(self.groups.norms())[1]
 
     def check_finite(self) -> None:
@@ -179,14 +179,14 @@ class WGSEF:
             pruner.check_finite()
 
     def metrics(self) -> dict[str, Tensor]:
-        """Numbers to log, always under the same names; on the model's device, nothing waits."""
+        """Return numbers to log, always under the same names, on the model's device."""
         norms = self.groups.norms()
         values, gaps = self._value_and_gap(norms)
         steps = [pruner.step_size for pruner in self.pruners]
         return logged_metrics(self.groups, norms, values, gaps, steps, frozen=self.frozen)
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters and masks, in plain types and tensors (loads under ``weights_only=True``)."""
+        """Return counters and masks, in plain types (loads under ``weights_only=True``)."""
         return {"attachments": [pruner.state_dict() for pruner in self.pruners]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-r"""How strongly groups compete over training: schedules of the proximal step size.
+r"""Schedules of the proximal step size, and of the budget.
 
 A schedule turns the number of steps already taken into the step size :math:`\tau` of the next
 proximal step. `Constant` and `Warmup` follow the paper, :math:`\tau = \text{learning rate} \times
@@ -20,7 +20,7 @@ from lightning_wgsef.utils.validation import check_count_or_share, check_number
 
 
 class Schedule(Protocol):
-    """What the regularizer asks of a schedule."""
+    """Step sizes over training."""
 
     debias: ClassVar[float]
     """The default debias of the step, see `prox_multipliers`."""
@@ -29,15 +29,15 @@ class Schedule(Protocol):
     at the last step."""
 
     def step_size(self, taken: int, total: int | None, lr: float | Tensor) -> float | Tensor:
-        """The step size after ``taken`` of ``total`` steps at learning rate ``lr``."""
+        """Return the step size after ``taken`` of ``total`` steps at learning rate ``lr``."""
 
     def steps(self, total: int | None) -> int:
-        """Steps until the schedule has reached its last value."""
+        """Return the number of steps until the schedule has reached its last value."""
 
 
 @dataclass(frozen=True)
 class Constant:
-    r"""The paper's schedule: :math:`\tau = \mathrm{lr} \cdot \lambda` at every step.
+    r"""Schedule of the paper, :math:`\tau = \mathrm{lr} \cdot \lambda` at every step.
 
     Raises:
         ValueError: lam is negative or not finite.
@@ -54,17 +54,17 @@ class Constant:
         check_number("lam", self.lam)
 
     def step_size(self, taken: int, total: int | None, lr: float | Tensor) -> float | Tensor:
-        """See `Schedule`."""
+        """Return the step size, see `Schedule`."""
         return lr * self.lam
 
     def steps(self, total: int | None) -> int:
-        """See `Schedule`."""
+        """Return the number of steps, see `Schedule`."""
         return 0
 
 
 @dataclass(frozen=True)
 class Warmup:
-    r"""Like `Constant`, with :math:`\lambda` rising linearly from 0 over the first ``length``.
+    r"""Schedule like `Constant`, with :math:`\lambda` rising linearly from 0 over ``length``.
 
     Args:
         lam: the value reached.
@@ -87,17 +87,17 @@ class Warmup:
         check_length("length", self.length)
 
     def step_size(self, taken: int, total: int | None, lr: float | Tensor) -> float | Tensor:
-        """See `Schedule`."""
+        """Return the step size, see `Schedule`."""
         return lr * (self.lam * min(1.0, (taken + 1) / self.steps(total)))
 
     def steps(self, total: int | None) -> int:
-        """See `Schedule`."""
+        """Return the number of steps, see `Schedule`."""
         return in_steps("Warmup(length=...)", self.length, total)
 
 
 @dataclass(frozen=True)
 class Homotopy:
-    r"""Raise :math:`\tau` geometrically from ``start`` to 1: from "do nothing" to "exactly k".
+    r"""Schedule that raises :math:`\tau` geometrically from ``start`` to 1, the projection.
 
     Step i of n uses :math:`\tau = \mathrm{start}^{1 - i/n}`; the last one is the exact projection,
     after which the mask freezes. Nothing depends on the learning rate and nothing is tuned. With
@@ -127,18 +127,18 @@ class Homotopy:
         check_length("length", self.length)
 
     def step_size(self, taken: int, total: int | None, lr: float | Tensor) -> float | Tensor:
-        """See `Schedule`."""
+        """Return the step size, see `Schedule`."""
         steps = self.steps(total)
         return 1.0 if taken + 1 >= steps else float(self.start ** (1 - (taken + 1) / steps))
 
     def steps(self, total: int | None) -> int:
-        """See `Schedule`."""
+        """Return the number of steps, see `Schedule`."""
         return in_steps("Homotopy(length=...)", self.length, total)
 
 
 @dataclass(frozen=True)
 class CubicRamp:
-    r"""A budget that falls to ``k`` as in gradual pruning (Zhu and Gupta 2017, equation 1).
+    r"""Budget that falls to ``k`` as in gradual pruning (Zhu and Gupta 2017, equation 1).
 
     With :math:`C` what all groups cost, :math:`K(i) = k + (C - k) (1 - i/n)^3` after i of n steps.
     It goes where k goes: ``WGSEF(model, k=CubicRamp(0.25), ...)``. With ``lam=Homotopy(start=1)``,
@@ -162,13 +162,13 @@ class CubicRamp:
         check_length("length", self.length)
 
     def left(self, taken: int, total: int | None) -> float:
-        """The share of what is to be pruned that step ``taken`` leaves."""
+        """Return the share of what is to be pruned that step ``taken`` leaves."""
         steps = in_steps("CubicRamp(length=...)", self.length, total)
         return float((1 - min(1.0, (taken + 1) / steps)) ** 3)
 
 
 def as_schedule(lam: float | Schedule | None) -> Schedule:
-    """``lam`` as a schedule: a number is the paper's constant, None the default homotopy.
+    """Return ``lam`` as a schedule: a number is the paper's constant, None the default homotopy.
 
     Raises:
         ValueError: a number that is negative or not finite, or something else.
@@ -187,7 +187,11 @@ def as_schedule(lam: float | Schedule | None) -> Schedule:
 
 
 def resolve_debias(debias: float | None, schedule: Schedule) -> float:
-    """``debias``, or the schedule's own; `ValueError` if it is not in [0, 1] or does not fit."""
+    """Return ``debias``, or the schedule's own.
+
+    Raises:
+        ValueError: it is not in [0, 1], or does not fit the schedule.
+    """
     if debias is None:
         return schedule.debias
     check_number("debias", debias, highest=1.0)
@@ -211,7 +215,7 @@ def check_length(name: str, length: object) -> None:
 
 
 def in_steps(name: str, length: int | float, total: int | None) -> int:
-    """``length`` in steps.
+    """Return ``length`` in steps.
 
     Raises:
         ValueError: a share of a training run whose end is not known.
@@ -227,14 +231,14 @@ def in_steps(name: str, length: int | float, total: int | None) -> int:
     return max(1, math.floor(length * total + 0.5))
 
 
+# Steps below which a homotopy cuts groups rather than fades them out.
 _FEWEST = 4
-"""Steps of a way that can be called one."""
 
 
 def warn_of_short_way(schedule: Schedule, total: int | None) -> None:
-    """Say that a homotopy has so few steps that it cuts the groups."""
+    """Warn of a homotopy of so few steps that it cuts the groups."""
     if not isinstance(schedule, Homotopy) or schedule.start == 1:
-        return  # nothing that promises a way
+        return  # no homotopy, or the projection from the first step
     if isinstance(schedule.length, Integral):
         return  # whoever counts steps knows how many there are
     steps = schedule.steps(total)
