@@ -1,18 +1,21 @@
-"""What every penalty offers: its value, and the factors of its proximal step."""
+"""Penalty: what is added to the loss, by its value and its proximal step."""
 
 from __future__ import annotations
 
-from typing import Protocol
+from abc import ABC, abstractmethod
 
 from torch import Tensor
 
-from lightning_wgsef.penalties.segments import Segments
+from lightning_wgsef.penalties.problem import Competition, Problem
+from lightning_wgsef.penalties.segments import Bucket, Segments
+from lightning_wgsef.utils.validation import check_number, per_segment
 
 
-class Penalty(Protocol):
+class Penalty(ABC):
     """A penalty whose proximal step scales every group by one number.
 
-    The arguments are those of `prox_multipliers` and `envelope_value`.
+    A subclass gives `_value` and `_factors`, which see checked arguments, one segment a row. An
+    object with `value` and `multipliers` of its own serves as well.
     """
 
     def value(
@@ -24,7 +27,12 @@ class Penalty(Protocol):
         costs: Tensor | None = None,
         segments: Tensor | int | Segments | None = None,
     ) -> Tensor:
-        """The penalty in every segment, shape (S,)."""
+        """Return the penalty of every segment, shape (S,); arguments as in `envelope_value`.
+
+        Raises:
+            ValueError: a wrong shape, dtype or value; the message names the argument.
+        """
+        return Problem(norms, k, weights, costs, segments).per_segment(self._value)
 
     def multipliers(
         self,
@@ -37,4 +45,29 @@ class Penalty(Protocol):
         segments: Tensor | int | Segments | None = None,
         debias: float = 0.0,
     ) -> Tensor:
-        """The factor of every group, shape (m,)."""
+        """Return the factor of every group, shape (m,); arguments as in `prox_multipliers`.
+
+        Raises:
+            ValueError: a wrong shape, dtype or value; the message names the argument.
+        """
+        problem = Problem(norms, k, weights, costs, segments)
+        check_number("debias", debias, highest=1.0)
+        steps = per_segment("step", step, problem.segments.count, problem.budgets)
+        return problem.per_group(
+            lambda bucket: self._factors(problem, bucket, bucket.column(steps), debias)
+        )
+
+    @abstractmethod
+    def _value(self, competition: Competition) -> Tensor:
+        """Return the penalty of every segment as a column, shape (S, 1)."""
+
+    @abstractmethod
+    def _factors(self, problem: Problem, bucket: Bucket, steps: Tensor, debias: float) -> Tensor:
+        """Return the factors in the segments of ``bucket``, shape (rows, width).
+
+        Args:
+            problem: the groups and their budgets.
+            bucket: which segments.
+            steps: the step size of every row, shape (rows, 1).
+            debias: the share of the ridge in the penalty that is taken back.
+        """

@@ -59,6 +59,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.problem import Competition, Problem
 from lightning_wgsef.penalties.segments import LARGE, Bucket, Segments
 from lightning_wgsef.penalties.solvers import sampled_secant, sorting_network
@@ -198,11 +199,9 @@ def prox_multipliers(
     problem = Problem(norms, k, weights, costs, segments)
     check_number("debias", debias, highest=1.0)
     steps = per_segment("step", step, problem.segments.count, problem.budgets)
-
-    def solve(bucket: Bucket) -> Tensor:
-        return multipliers(problem, bucket, steps, debias, anchored)
-
-    return problem.per_group(solve)
+    return problem.per_group(
+        lambda bucket: _multipliers(problem, bucket, bucket.column(steps), debias, anchored)
+    )
 
 
 def _value(competition: Competition) -> Tensor:
@@ -236,22 +235,21 @@ def _envelope_shares(competition: Competition) -> Tensor:
 _NARROWEST = 1e-8
 
 
-def multipliers(
+def _multipliers(
     problem: Problem, bucket: Bucket, steps: Tensor, debias: float, anchored: bool
 ) -> Tensor:
-    """What `prox_multipliers` gives for the segments of ``bucket``, one a row.
+    """Return what `prox_multipliers` gives for the segments of ``bucket``, one a row.
 
     Raises:
         ValueError: debias * step * weights exceeds 1.
     """
-    column = bucket.column(steps)
-    special = _special(problem, bucket, column, debias, anchored)
+    special = _special(problem, bucket, steps, debias, anchored)
     if special is not None:
         return special
-    return _multipliers(problem.competition(bucket), column, debias, anchored)
+    return _general(problem.competition(bucket), steps, debias, anchored)
 
 
-def _multipliers(competition: Competition, steps: Tensor, debias: float, anchored: bool) -> Tensor:
+def _general(competition: Competition, steps: Tensor, debias: float, anchored: bool) -> Tensor:
     thresholds = competition.weighted(steps)
     _check_debiased_step(thresholds, debias)
     full = debias * thresholds >= 1 - FULL_STEP_SLACK
@@ -331,8 +329,11 @@ def _check_debiased_step(thresholds: Tensor, debias: float) -> None:
 
 
 @dataclass(frozen=True)
-class Envelope:
+class Envelope(Penalty):
     """The weighted group sparse envelope, see `lightning_wgsef.penalties.envelope`; the default."""
 
-    value = staticmethod(envelope_value)
-    multipliers = staticmethod(prox_multipliers)
+    def _value(self, competition: Competition) -> Tensor:
+        return _value(competition)
+
+    def _factors(self, problem: Problem, bucket: Bucket, steps: Tensor, debias: float) -> Tensor:
+        return _multipliers(problem, bucket, steps, debias, anchored=False)

@@ -1,4 +1,4 @@
-"""The group lasso, which the envelope is compared with."""
+"""Group lasso, which the envelope is compared with."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.problem import Competition, Problem
-from lightning_wgsef.penalties.segments import Bucket, Segments
-from lightning_wgsef.utils.validation import per_segment
+from lightning_wgsef.penalties.segments import Bucket
 
 
 @dataclass(frozen=True)
-class GroupLasso:
+class GroupLasso(Penalty):
     r"""The group lasso :math:`\sum_j w_j \|\theta_j\|` (Yuan and Lin 2006).
 
     Its proximal step shrinks every norm by the same amount, :math:`\tau w_j`, and knows no budget:
@@ -26,47 +26,18 @@ class GroupLasso:
     tensor([4.5000])
     """
 
-    def value(
-        self,
-        norms: Tensor,
-        k: float | Tensor,
-        *,
-        weights: Tensor | None = None,
-        costs: Tensor | None = None,
-        segments: Tensor | int | Segments | None = None,
-    ) -> Tensor:
-        r""":math:`\sum_j w_j a_j` in every segment, shape (S,)."""
+    def _value(self, competition: Competition) -> Tensor:
+        r""":math:`\sum_j w_j a_j` in every segment."""
+        return competition.total(competition.weighted(competition.norms))
 
-        def value(competition: Competition) -> Tensor:
-            return competition.total(competition.weighted(competition.norms))
-
-        return Problem(norms, k, weights, costs, segments).per_segment(value)
-
-    def multipliers(
-        self,
-        norms: Tensor,
-        step: float | Tensor,
-        k: float | Tensor,
-        *,
-        weights: Tensor | None = None,
-        costs: Tensor | None = None,
-        segments: Tensor | int | Segments | None = None,
-        debias: float = 0.0,
-    ) -> Tensor:
-        r""":math:`\max(0, 1 - \tau w_j / a_j)`, shape (m,): the prox of :math:`\tau` times it.
+    def _factors(self, problem: Problem, bucket: Bucket, steps: Tensor, debias: float) -> Tensor:
+        r""":math:`\max(0, 1 - \tau w_j / a_j)`, and 1 where :math:`a_j` is 0.
 
         Raises:
-            ValueError: a wrong shape, dtype or value, or a debias other than 0: the group lasso's
-                bias does not come from a ridge.
+            ValueError: a debias other than 0: the group lasso's bias does not come from a ridge.
         """
         if debias:
             raise ValueError(f"debias must be 0 (or None) with GroupLasso(), got {debias!r}")
-        problem = Problem(norms, k, weights, costs, segments)
-        steps = per_segment("step", step, problem.segments.count, problem.budgets)
-
-        def multipliers(bucket: Bucket) -> Tensor:
-            competition = problem.competition(bucket)
-            shrunk = competition.norms - competition.weighted(bucket.column(steps))
-            return (shrunk / competition.norms).clamp(min=0).nan_to_num(1.0)
-
-        return problem.per_group(multipliers)
+        competition = problem.competition(bucket)
+        shrunk = competition.norms - competition.weighted(steps)
+        return (shrunk / competition.norms).clamp(min=0).nan_to_num(1.0)

@@ -125,3 +125,22 @@ def test_errors_of_its_functions():
         LASSO.value(norms, 1, weights=torch.ones(3))
     with raises_naming("norms", "-1.0", "index 1"):
         LASSO.multipliers(torch.tensor([1.0, -1.0]), 0.1, 1)
+
+
+@pytest.mark.parametrize("penalty", [Envelope(), LASSO], ids=str)
+def test_arguments_of_every_penalty_are_checked(penalty):
+    norms = torch.tensor([3.0, 4.0])
+    for call in (
+        penalty.value,
+        lambda norms, k, **more: penalty.multipliers(norms, 0.1, k, **more),
+    ):
+        with raises_naming("k must be", "got 0"):
+            call(norms, 0)
+        with raises_naming("norms", "-1.0"):
+            call(-norms / 3, 1)
+        with raises_naming("weights", "(2,)", "(3,)"):
+            call(norms, 1, weights=torch.ones(3))
+    with raises_naming("step", "-0.1"):
+        penalty.multipliers(norms, -0.1, 1)
+    with raises_naming("debias", "1.5"):
+        penalty.multipliers(norms, 0.1, 1, debias=1.5)
