@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,11 +24,13 @@ from lightning_wgsef.groupings.registry import (
     check_grouping,
     find_groups,
     grouping_name,
+    needs_interface,
 )
 from lightning_wgsef.groupings.removability import with_invariance
 from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps, on_model
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.interface import Interface, network_interface
 from lightning_wgsef.network.sharding import unsharded_copy
 
 
@@ -90,7 +93,8 @@ def group_parameters(
     """
     check_arguments(grouping, k, scope=scope, weights=weights, costs=costs, overlap=overlap)
     plain = unsharded_copy(model)
-    found = find_groups(plain, grouping, example_input)
+    interface = network_interface(plain, example_input) if needs_interface(grouping) else None
+    found = find_groups(plain, grouping, example_input, interface)
     names = [layer.name for layer in found.layers]
     for argument, patterns in (
         ("include", include),
@@ -117,6 +121,8 @@ def group_parameters(
             f"{type(plain).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
             f"group{reasons or f': {missing}'}"
         )
+    if interface is not None and interface.unseen:
+        _warn_of_assumption(layers, interface)
     if example_input is not None:
         layers = list(with_invariance(plain, Groups(layers), example_input).layers)
     layers, rest = with_costs(plain, layers, costs, example_input)
@@ -149,6 +155,26 @@ def check_arguments(
     check_costs(costs)
     if overlap not in ("error", "first"):
         raise ValueError(f"overlap must be 'error' or 'first', got {overlap!r}")
+
+
+def _warn_of_assumption(layers: Sequence[GroupedLayer], interface: Interface) -> None:
+    """Say what was taken for the network's inputs and outputs where that was not seen."""
+    for grouping, what, taken, others in (
+        ("channel", "reads the network's input", interface.inputs, interface.other_inputs),
+        ("filter", "makes the network's outputs", interface.outputs, interface.other_outputs),
+    ):
+        own = [layer.name for layer in layers if layer.grouping == grouping]
+        also = [f"'{name}' ({others[name]})" for name in own if name in others]
+        if not own or not (also or interface.unseen.startswith("example_input")):
+            continue
+        names = ", ".join(f"'{name}'" for name in taken) or "no layer"
+        more = f", though others may, too: {', '.join(also)}" if also else ""
+        warnings.warn(
+            f"grouping='{grouping}': {interface.unseen}. By the order of definition, {names} "
+            f"{what}{more}. Give an example_input (or the module's example_input_array) that runs, "
+            "or name what must not be grouped in exclude",
+            stacklevel=3,
+        )
 
 
 def _reason_to_leave_out(

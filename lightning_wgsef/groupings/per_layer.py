@@ -8,14 +8,19 @@ from torch import Tensor, nn
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
-from lightning_wgsef.network.layers import WeightedLayer, usable_layers, weighted_layers
+from lightning_wgsef.network.interface import Interface, interface_by_order
+from lightning_wgsef.network.layers import WeightedLayer, usable_layers
 
 
-def channel_groups(model: nn.Module) -> Groups:
+def channel_groups(model: nn.Module, interface: Interface | None = None) -> Groups:
     """Group the weights W[:, c] that read input channel c.
 
-    The first layer is reserved (its channels are the network's input), and so are depthwise
-    convolutions, whose filters read one channel each.
+    Reserved are the layers that read the network's inputs, and depthwise convolutions, whose
+    filters read one channel each.
+
+    Args:
+        model: any module.
+        interface: which layers read the network's inputs; None: as `interface_by_order` takes it.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     >>> groups = channel_groups(network)
@@ -23,17 +28,13 @@ def channel_groups(model: nn.Module) -> Groups:
     [('0', 3, "first layer: its channels are the network's input"), ('2', 8, '')]
     """
     layers, left_out = usable_layers(model)
-    first = next(weighted_layers(model), None)
-    grouped = [_channels(x, first=first is not None and x.name == first.name) for x in layers]
-    return Groups(grouped, left_out)
+    inputs = (interface or interface_by_order(model)).inputs
+    return Groups([_channels(layer, inputs.get(layer.name, "")) for layer in layers], left_out)
 
 
-def _channels(layer: WeightedLayer, *, first: bool) -> GroupedLayer:
+def _channels(layer: WeightedLayer, reserved: str) -> GroupedLayer:
     axes, index = layer.input_slices()
-    reserved = ""
-    if first:
-        reserved = "first layer: its channels are the network's input"
-    elif layer.split == layer.inputs > 1:
+    if not reserved and layer.split == layer.inputs > 1:
         reserved = "depthwise: every filter reads one channel only"
     member = Member(layer.path("weight"), layer.weight, axes, index)
     return GroupedLayer(
@@ -41,11 +42,15 @@ def _channels(layer: WeightedLayer, *, first: bool) -> GroupedLayer:
     )
 
 
-def filter_groups(model: nn.Module) -> Groups:
+def filter_groups(model: nn.Module, interface: Interface | None = None) -> Groups:
     """Group every output filter W[o] with its bias and its following norm's scale and shift.
 
-    A filter that is zero with all of these gives an output of exactly zero. The last layer is
-    reserved: its filters are the network's outputs.
+    A filter that is zero with all of these gives an output of exactly zero. Reserved are the layers
+    that make the network's outputs.
+
+    Args:
+        model: any module.
+        interface: which layers make the outputs; None: as `interface_by_order` takes it.
 
     >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 2, 1))
     >>> groups = filter_groups(network)
@@ -55,11 +60,11 @@ def filter_groups(model: nn.Module) -> Groups:
     "last layer: its filters are the network's outputs"
     """
     layers, left_out = usable_layers(model)
-    last = [layer.name for layer in weighted_layers(model)][-1:]
-    return Groups([_filters(layer, last=layer.name in last) for layer in layers], left_out)
+    outputs = (interface or interface_by_order(model)).outputs
+    return Groups([_filters(layer, outputs.get(layer.name, "")) for layer in layers], left_out)
 
 
-def _filters(layer: WeightedLayer, *, last: bool) -> GroupedLayer:
+def _filters(layer: WeightedLayer, reserved: str) -> GroupedLayer:
     axes, index = layer.output_slices()
     members = [Member(layer.path("weight"), layer.weight, axes, index)]
     vectors = [(layer.path("bias"), getattr(layer.module, "bias", None))]
@@ -69,7 +74,6 @@ def _filters(layer: WeightedLayer, *, last: bool) -> GroupedLayer:
     for name, parameter in vectors:
         if isinstance(parameter, nn.Parameter):
             members.append(Member(name, parameter, axes=(0,)))
-    reserved = "last layer: its filters are the network's outputs" if last else ""
     return GroupedLayer(
         layer.name, "filter", layer.outputs, tuple(members), removable=True, reserved=reserved
     )

@@ -23,6 +23,7 @@ from lightning_wgsef.groupings.residual_block import branch_groups
 from lightning_wgsef.groupings.structure import structure_groups
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.interface import Interface, network_interface
 
 Maker = Callable[[nn.Module], Groups]
 
@@ -36,6 +37,12 @@ GROUPINGS: dict[str, Maker] = {
     "filter_shape": filter_shape_groups,
     "head": head_groups,
     "hidden": hidden_groups,
+}
+
+# Groupings that must not cut what the network reads or returns.
+_AT_THE_ENDS: dict[str, Callable[[nn.Module, Interface | None], Groups]] = {
+    "channel": channel_groups,
+    "filter": filter_groups,
 }
 
 # Groupings that need an example input.
@@ -58,11 +65,17 @@ _SIZES = {
 }
 
 
-def find_groups(model: nn.Module, grouping: Grouping, example_input: Any | None = None) -> Groups:
+def find_groups(
+    model: nn.Module,
+    grouping: Grouping,
+    example_input: Any | None = None,
+    interface: Interface | None = None,
+) -> Groups:
     """Find what ``grouping`` groups in ``model``, without budgets.
 
     A name, a function from a module to `Groups`, or a mapping from patterns of layer names to
-    either: the first pattern that matches a layer of its grouping counts.
+    either: the first pattern that matches a layer of its grouping counts. ``interface`` says which
+    layers read the network's inputs and make its outputs; None: `network_interface` finds it.
 
     Raises:
         ValueError: an unknown name, no example input where one is needed, a function that returns
@@ -74,8 +87,10 @@ def find_groups(model: nn.Module, grouping: Grouping, example_input: Any | None 
     [('0', 'filter'), ('2', '2:4')]
     """
     check_grouping(grouping)
+    if interface is None and needs_interface(grouping):
+        interface = network_interface(model, example_input)
     if isinstance(grouping, Mapping):
-        return _mapped(model, grouping, example_input)
+        return _mapped(model, grouping, example_input, interface)
     if not isinstance(grouping, str):
         found = grouping(model)
         if not isinstance(found, Groups):
@@ -88,6 +103,8 @@ def find_groups(model: nn.Module, grouping: Grouping, example_input: Any | None 
                 "tensor, a tuple of the arguments of forward, or a dict of them"
             )
         return TRACED[grouping](model, example_input)
+    if grouping in _AT_THE_ENDS:
+        return _AT_THE_ENDS[grouping](model, interface)
     maker = _maker(grouping)
     assert maker is not None  # `check_grouping` has seen to it
     return maker(model)
@@ -122,6 +139,13 @@ def check_grouping(grouping: Grouping) -> None:
     )
 
 
+def needs_interface(grouping: Grouping) -> bool:
+    """Tell whether a grouping leaves out what reads the network's inputs or makes its outputs."""
+    if isinstance(grouping, Mapping):
+        return any(map(needs_interface, grouping.values()))
+    return isinstance(grouping, str) and grouping in _AT_THE_ENDS
+
+
 def grouping_name(grouping: Grouping) -> str:
     """Return the name by which messages call a grouping."""
     if isinstance(grouping, str | Mapping):
@@ -141,11 +165,16 @@ def _maker(name: str) -> Maker | None:
     return None
 
 
-def _mapped(model: nn.Module, grouping: Mapping[str, str | Maker], example: Any | None) -> Groups:
+def _mapped(
+    model: nn.Module,
+    grouping: Mapping[str, str | Maker],
+    example: Any | None,
+    interface: Interface | None,
+) -> Groups:
     layers: dict[str, GroupedLayer] = {}
     left_out: dict[str, str] = {}
     for pattern, inner in grouping.items():
-        found = find_groups(model, inner, example)
+        found = find_groups(model, inner, example, interface)
         mine = [layer for layer in found.layers if matches(pattern, layer.name)]
         reasons = {name: why for name, why in found.left_out.items() if matches(pattern, name)}
         if not mine and not reasons:

@@ -200,7 +200,7 @@ def test_a_model_without_weights(grouping):
 
 
 def test_a_model_without_groupable_layers():
-    network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
+    network = nn.Sequential(nn.Embedding(5, 4), nn.Linear(3, 2))
     with raises_naming("Sequential has no layer", "'channel'", "0: Embedding", "1: first layer"):
         group_parameters(network, "channel")
 

@@ -90,20 +90,21 @@ FOUND = {
     ("ViT", "layer"): (1, 2, {OUTSIDE: 2}),
     ("ViT", BOTH): (4, 2 * (2 + 12), {}),
     ("BERT", "filter"): (13, 112, {LAST: 1, OTHER: 3}),
-    ("BERT", "channel"): (13, 112, {FIRST: 1, OTHER: 3}),
+    # The first dense layer of a language model reads embeddings, not the network's input.
+    ("BERT", "channel"): (14, 120, {OTHER: 3}),
     # The pooler, besides the hidden units.
     ("BERT", "structure"): (3, 2 * 12 + 8, {HEADS: 6, STREAM: 1, OUTPUTS: 1}),
     ("BERT", BOTH): (4, 2 * (2 + 12), {}),
     ("GPT-2", "layer"): (1, 2, {OUTSIDE: 1}),
     ("GPT-2", BOTH): (4, 2 * (2 + 12), {}),
     ("Llama", "filter"): (14, 224, {LAST: 1, OTHER: 1}),
-    ("Llama", "channel"): (14, 240, {FIRST: 1, OTHER: 1}),
+    ("Llama", "channel"): (15, 256, {OTHER: 1}),
     ("Llama", "structure"): (2, 48, {HEADS: 6, STREAM: 1, OUTPUTS: 1}),
     ("Llama", "layer"): (1, 2, {OUTSIDE: 1}),
     ("Llama", BOTH): (4, 2 * (2 + 24), {}),  # two heads of keys and values, with two queries each
     ("Llama", "2:4"): (15, 4320, {OTHER: 1}),
     ("T5", "filter"): (32, 272, {TIED: 1, OTHER: 5}),
-    ("T5", "channel"): (31, 264, {FIRST: 1, TIED: 1, OTHER: 5}),
+    ("T5", "channel"): (32, 272, {TIED: 1, OTHER: 5}),
     ("T5", "structure"): (4, 48, {HEADS: 18, TIED: 11, OTHER: 5}),
     # Each sublayer is a branch: two in a block of the encoder, three in one of the decoder.
     ("T5", "layer"): (1, 2 * 2 + 2 * 3, {OUTSIDE: 1}),
