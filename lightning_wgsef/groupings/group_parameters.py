@@ -165,14 +165,13 @@ def _warn_of_assumption(layers: Sequence[GroupedLayer], interface: Interface) ->
     ):
         own = [layer.name for layer in layers if layer.grouping == grouping]
         also = [f"'{name}' ({others[name]})" for name in own if name in others]
-        if not own or not (also or interface.unseen.startswith("example_input")):
+        if not also:
             continue
         names = ", ".join(f"'{name}'" for name in taken) or "no layer"
-        more = f", though others may, too: {', '.join(also)}" if also else ""
         warnings.warn(
             f"grouping='{grouping}': {interface.unseen}. By the order of definition, {names} "
-            f"{what}{more}. Give an example_input (or the module's example_input_array) that runs, "
-            "or name what must not be grouped in exclude",
+            f"{what}, though others may, too: {', '.join(also)}. Give an example_input (or the "
+            "module's example_input_array) that runs, or name what must not be grouped in exclude",
             stacklevel=3,
         )
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_wgsef.network.attention import attention_blocks
-from lightning_wgsef.network.example_input import evaluation, on_device_of, tensors
+from lightning_wgsef.network.example_input import evaluation, mapped, on_device_of, tensors
 from lightning_wgsef.network.layers import WeightedLayer, canonical_name, is_lazy, weighted_layers
 
 INPUT = "its channels are the network's input"
@@ -65,8 +65,10 @@ def network_interface(model: nn.Module, example_input: Any | None) -> Interface:
     example = example_input
     if example is None:
         example = getattr(model, "example_input_array", None)
-    if example is None:
-        return interface_by_order(model)
+        if example is None:
+            return interface_by_order(model)
+        types = [p.dtype for p in model.parameters() if p.is_floating_point()]
+        example = mapped(partial(_in_type, types[0] if types else torch.float32), example)
     if any(map(is_lazy, model.parameters())):
         return replace(interface_by_order(model), unseen="it has lazy layers without a shape")
     observer = InterfaceObserver(model)
@@ -401,6 +403,11 @@ def _joined(origins: Iterable[_Origin]) -> _Origin:
         mixed=any(origin.mixed for origin in origins),
         makers=frozenset().union(*(origin.makers for origin in origins)),
     )
+
+
+def _in_type(kind: torch.dtype, value: Any) -> Any:
+    is_float = isinstance(value, Tensor) and value.is_floating_point()
+    return value.to(kind) if is_float else value
 
 
 def _with_order(name: str, at_end: list[str], place: str, reason: str) -> str:

@@ -318,5 +318,11 @@ def test_an_excluded_candidate_needs_no_words():
 
 def test_an_example_that_does_not_run_is_said():
     net, _, _, _ = two_heads()
-    with pytest.warns(UserWarning, match="Net does not run on it: RuntimeError"):
-        group_parameters(net, "channel", example_input=torch.ones(1, 7))
+    with pytest.warns(UserWarning, match="Net does not run on it: RuntimeError.*'logits'"):
+        group_parameters(net, "filter", example_input=torch.ones(1, 7))
+
+
+def test_the_array_of_the_module_is_run_in_its_precision():
+    net, example, _, outputs = two_heads()
+    net.double().example_input_array = example
+    assert set(network_interface(net, None).outputs) == outputs

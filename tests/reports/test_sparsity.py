@@ -443,7 +443,8 @@ class Pair(nn.Module):
 
 def test_several_arguments():
     model = ones(Pair())
-    groups = group_parameters(model)
+    with pytest.warns(UserWarning, match="others may, too: 'right'"):
+        groups = group_parameters(model)
     report = rows(sparsity_report(model, groups, (torch.ones(2, 3), torch.ones(2, 5))))
     assert (report["left"].flops, report["right"].flops) == (2 * 2 * 12, 2 * 2 * 20)
 
