@@ -11,12 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.backends import mha
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_wgsef.network.attention import attention_blocks
-from lightning_wgsef.network.example_input import evaluation, mapped, on_device_of, tensors
+from lightning_wgsef.network.example_input import (
+    evaluation,
+    mapped,
+    observed,
+    on_device_of,
+    tensors,
+)
 from lightning_wgsef.network.layers import WeightedLayer, canonical_name, is_lazy, weighted_layers
 
 INPUT = "its channels are the network's input"
@@ -75,13 +80,9 @@ def network_interface(model: nn.Module, example_input: Any | None) -> Interface:
     try:
         with ExitStack() as stack:
             stack.enter_context(evaluation(model))
+            stack.enter_context(observed({}))
             stack.enter_context(torch.no_grad())
             stack.enter_context(torch.random.fork_rng([]))
-            # The fast path of torch's attention passes by the layers inside.
-            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-            mha.set_fastpath_enabled(False)
-            if hasattr(torch.compiler, "set_stance"):  # compiled code calls no function of torch
-                stack.enter_context(torch.compiler.set_stance("force_eager"))
             inputs = on_device_of(model, example)
             observer.reads(inputs)
             with observer.watching():

@@ -117,8 +117,8 @@ def unwrap(module: nn.Module) -> nn.Module:
     True
     """
     for wrapper in _WRAPPERS:
-        inside = module._modules.get(wrapper)
-        if inside is not None:
+        inside = getattr(module, wrapper, None)
+        if isinstance(inside, nn.Module):
             return unwrap(inside)
     return module
 
