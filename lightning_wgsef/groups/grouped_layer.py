@@ -1,4 +1,4 @@
-"""The groups of one layer, and that no weight is in two of them."""
+"""Groups of one layer, and overlaps between them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from lightning_wgsef.network.layers import canonical_name
 
 
 def on_model(layers: Iterable[GroupedLayer], model: nn.Module) -> list[GroupedLayer]:
-    """Layers that were found on the copy, with the parameters of the model itself."""
+    """Return layers that were found on a copy with the parameters of the model itself."""
     own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
     return with_values(layers, own)
 
 
 def with_values(layers: Iterable[GroupedLayer], values: Mapping[str, Tensor]) -> list[GroupedLayer]:
-    """The same groups of other tensors, which are given by canonical name of parameter."""
+    """Return the same groups of other tensors, given by canonical name of parameter."""
     return [
         replace(x, members=tuple(replace(m, parameter=values[m.name]) for m in x.members))
         for x in layers
@@ -98,7 +98,7 @@ class GroupedLayer:
         return max(self.members, key=lambda member: member.parameter.numel())
 
     def sizes(self) -> Tensor:
-        """Number of weights in every group, shape (count,), float64."""
+        """Count the weights of every group, shape (count,), float64."""
         sizes = torch.zeros(self.count, dtype=torch.float64)
         for member in self.members:
             if member.index is None:
@@ -110,7 +110,7 @@ class GroupedLayer:
 
 
 class Overlaps:
-    """The weights that layers of groups have claimed so far.
+    """Weights that layers have claimed so far, to notice one that is claimed twice.
 
     >>> weight = torch.nn.Parameter(torch.ones(2, 2))
     >>> rows = GroupedLayer("fc", "row", 2, (Member("fc.weight", weight, axes=(0,)),))
@@ -141,7 +141,7 @@ class Overlaps:
 
 
 def _covered(layer: GroupedLayer, member: Member) -> Tensor:
-    """Which weights of the member's parameter belong to a group, shaped to broadcast with it."""
+    """Tell which weights of the member's parameter are in a group, to broadcast with it."""
     inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
     covered = member.along(inside, False)
     if member.shape is None:

@@ -129,11 +129,11 @@ class Groups:
         return {"weights": self.weights, "costs": self.costs, "segments": self.segments}
 
     def norms(self) -> Tensor:
-        """Norm of every group, shape (m,), accumulated in float32 (float64 for float64 weights)."""
+        """Measure every group's norm, shape (m,), in float32 (float64 for float64 weights)."""
         return self.layout.norms()
 
     def alive(self) -> Tensor:
-        """Has the group a weight that is not exactly zero? Booleans, shape (m,)."""
+        """Tell which groups have a weight that is not exactly zero: booleans, shape (m,)."""
         return self.layout.alive()
 
     def scale_(self, factors: Tensor) -> None:
@@ -141,12 +141,12 @@ class Groups:
         self.layout.scale_(factors)
 
     def split(self, per_group: Tensor) -> dict[str, Tensor]:
-        """A vector over all groups, shape (m,), as one vector for every layer."""
+        """Split a vector over all groups, shape (m,), into one vector for every layer."""
         parts = torch.split_with_sizes(per_group, self.counts)
         return {layer.name: part for layer, part in zip(self.layers, parts, strict=True)}
 
     def only(self, names: Iterable[str]) -> Groups:
-        """The layers with these names.
+        """Return the layers with these names.
 
         Raises:
             ValueError: all layers compete for one budget, and some are missing.
@@ -212,7 +212,7 @@ def _refuse_n_of_m(layers: Iterable[GroupedLayer]) -> None:
 
 
 def _range(values: Tensor | None) -> str:
-    """The lowest and the highest value."""
+    """Format the lowest and the highest value."""
     if values is None:
         return "1"
     ends = (values.min(), values.max()) if len(values) else ()

@@ -69,7 +69,7 @@ class Layout:
 
     @torch.no_grad()
     def norms(self) -> Tensor:
-        """Norm of every group, shape (m,), accumulated in float32 (float64 for float64 weights)."""
+        """Measure every group's norm, shape (m,), in float32 (float64 for float64 weights)."""
         slices = [member.norms(self._dtype) for member in self.members]
         if self._counted is None:
             return torch.cat(slices) if slices else torch.zeros(0, dtype=self._dtype)
@@ -77,7 +77,7 @@ class Layout:
 
     @torch.no_grad()
     def alive(self) -> Tensor:
-        """Has the group a weight that is not exactly zero? Booleans, shape (m,)."""
+        """Tell which groups have a weight that is not exactly zero: booleans, shape (m,)."""
         return self.gathered([member.nonzeros() for member in self.members]) > 0
 
     @torch.no_grad()
@@ -89,7 +89,7 @@ class Layout:
             member.scale_(per_slice.to(precise))
 
     def spread(self, per_group: Tensor, outside: float) -> tuple[Tensor, ...]:
-        """For every member a number for each of its slices, ``outside`` for those in no group."""
+        """Give every slice of each member its group's number, ``outside`` if it has no group."""
         if self._index is not None:
             per_group = torch.cat([per_group, per_group.new_full((1,), outside)])[self._index]
         return torch.split_with_sizes(per_group, self._slices)
@@ -111,7 +111,7 @@ class Layout:
         return totals
 
     def _groups_of_slices(self, layers: Sequence[GroupedLayer]) -> Tensor | None:
-        """The group of every slice of every member, m for none; None: slice i is group i."""
+        """Return the group of every slice, m for none; None: slice i is group i."""
         alone = all(len(layer.members) == 1 for layer in layers)
         if alone and all(member.index is None for member in self.members):
             return None
@@ -127,7 +127,7 @@ class Layout:
         return None if in_order and not self._is_sharded else joined.to(self._device)
 
     def _counted_slices(self) -> Tensor | None:
-        """`_groups_of_slices`, but m for what another process counts, too."""
+        """Return `_index` with m for what another process counts, too."""
         if self._index is None or not self._is_sharded:
             return self._index
         parts = torch.split_with_sizes(self._index, self._slices)

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.network.attention import DenseLayer
-
-CACHED = 2**18
-"""Numbers that fit the cache of a core."""
+from lightning_wgsef.utils.cache import CACHED
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,7 +73,7 @@ class Member:
         return self.parameter.detach()
 
     def own(self, tensor: Tensor) -> Tensor:
-        """Of a tensor that is shaped like the parameter, what `weights` is of the parameter."""
+        """Return of a tensor shaped like the parameter what `weights` is of the parameter."""
         return tensor.detach()
 
     @property
@@ -84,7 +82,7 @@ class Member:
         return self.parameter.shape if self.shape is None else self.shape
 
     def seen(self, tensor: Tensor) -> Tensor:
-        """``tensor``, shaped like the weights, in the shape in which they are seen; a view."""
+        """View ``tensor``, shaped like the weights, in the shape in which they are seen."""
         return tensor if self.shape is None else tensor.view(self.shape)
 
     @property
@@ -103,7 +101,7 @@ class Member:
         return self.weights.numel() // max(self.slices, 1)
 
     def as_rows(self, tensor: Tensor) -> Tensor | None:
-        """``tensor``, shaped like the weights, as a matrix of slices, or of parts of slices.
+        """View ``tensor``, shaped like the weights, as a matrix of slices, or of parts of slices.
 
         Slices along the first axes are its rows, those along the second axis, or along all but the
         first, its columns. Work on a matrix runs at the speed of memory, on general axes it does
@@ -115,7 +113,7 @@ class Member:
         return tensor.detach().view(self.slices if leading else self.extent[0], -1)
 
     def norms(self, dtype: torch.dtype) -> Tensor:
-        """Norm of every slice, in ``dtype``, which is no less than that of the weights."""
+        """Return the norm of every slice, in ``dtype``, which is no less than the weights'."""
         rows = self.as_rows(self.weights)
         if rows is None:
             values = self.seen(self.weights)
@@ -142,17 +140,17 @@ class Member:
             rows.mul_(per_slice.view(-1, 1))
 
     def nonzeros(self) -> Tensor:
-        """Number of weights in every slice that are not exactly zero (NaN is not)."""
+        """Count the weights of every slice that are not exactly zero (NaN is not)."""
         nonzero = self.seen(self.weights) != 0
         summed = [a for a in range(nonzero.dim()) if a not in self.axes]
         return (nonzero.sum(dim=summed) if summed else nonzero).flatten()
 
     def laid(self, per_slice: Tensor) -> Tensor:
-        """A number of every slice, to broadcast with the weights as `seen`."""
+        """Shape a number of every slice to broadcast with the weights as `seen`."""
         return per_slice.view([n if a in self.axes else 1 for a, n in enumerate(self.extent)])
 
     def along(self, per_group: Tensor, outside: float | bool) -> Tensor:
-        """A number of every group, like `laid`; ``outside`` for what is in no group."""
+        """Shape a number of every group like `laid`; ``outside`` for what is in no group."""
         per_slice = per_group
         if self.index is not None:
             per_slice = torch.cat([per_group, per_group.new_full((1,), outside)])[self.index]
@@ -173,7 +171,7 @@ def _norm(values: Tensor, axes: list[int], dtype: torch.dtype) -> Tensor:
 
 
 def _column_squares(matrix: Tensor) -> Tensor:
-    """Sum of squares down every column, shape (columns,).
+    """Sum squares down every column, shape (columns,).
 
     torch's own reduction down columns of a tall matrix takes ten times as long as one along rows.
     Here chunks of rows are multiplied into a chunk that stays in the cache.
@@ -193,13 +191,13 @@ def _column_squares(matrix: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-_NUMBERS = 2**17
-"""Numbers of one chunk: several chunks of them fit the cache of a core."""
+# Numbers of one chunk: what is computed of it stays in the cache beside it.
+_NUMBERS = CACHED // 2
 
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """Some rows of a member's matrix; the whole parameter where it is no matrix.
+    """Rows of a member's matrix; the whole parameter where it is no matrix.
 
     Attributes:
         member: whose weights these are.
@@ -210,16 +208,16 @@ class Chunk:
     rows: slice | None
 
     def of(self, tensor: Tensor) -> Tensor:
-        """The chunk's part of a tensor that is shaped like the weights; a view."""
+        """View the chunk's part of a tensor that is shaped like the weights."""
         matrix = None if self.rows is None else self.member.as_rows(tensor)
         return self.member.seen(tensor.detach()) if matrix is None else matrix[self.rows]
 
     def part(self, laid: Tensor) -> Tensor:
-        """The chunk's part of what `laid_along` gave, to broadcast with it."""
+        """View the chunk's part of what `laid_along` gave, to broadcast with it."""
         return laid if self.rows is None or self.member.down_columns else laid[self.rows]
 
     def sum(self, values: Tensor) -> Tensor:
-        """Sum over every slice of values shaped like the chunk; one number a slice it touches."""
+        """Sum values shaped like the chunk over every slice: one number a slice it touches."""
         if self.rows is None:
             summed = [a for a in range(values.dim()) if a not in self.member.axes]
             return (values.sum(summed) if summed else values).flatten()
@@ -229,7 +227,7 @@ class Chunk:
 
 
 def chunks(member: Member) -> Iterator[Chunk]:
-    """The chunks of ``member``, in order.
+    """Yield the chunks of ``member``, in order.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000, 1000))
     >>> [chunk.rows for chunk in chunks(Member("fc.weight", weight, axes=(0,)))][:2]
@@ -245,7 +243,7 @@ def chunks(member: Member) -> Iterator[Chunk]:
 
 
 def laid_along(member: Member, per_slice: Tensor) -> Tensor:
-    """A number of every slice, laid along the matrix of ``member`` or along its weights."""
+    """Lay a number of every slice along the matrix of ``member`` or along its weights."""
     if member.as_rows(member.weights) is None or member.parameter.device.type != "cpu":
         return member.laid(per_slice)
     if member.down_columns:
@@ -255,14 +253,14 @@ def laid_along(member: Member, per_slice: Tensor) -> Tensor:
 
 
 def joined(member: Member, parts: list[Tensor]) -> Tensor:
-    """What `Chunk.sum` gave for every chunk of ``member``, for every slice of it."""
+    """Join what `Chunk.sum` gave for every chunk of ``member``: a number of every slice."""
     if member.down_columns:
         return torch.stack(parts).sum(0)
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def output_members(layer: DenseLayer, index: Tensor | None = None) -> list[Member]:
-    """Weight and bias of a dense layer, by output."""
+    """Make members of weight and bias of a dense layer, by output."""
     members = [Member(layer.path("weight"), layer.weight, (layer.output_axis,), index)]
     bias = getattr(layer.module, "bias", None)
     if isinstance(bias, nn.Parameter):
@@ -271,5 +269,5 @@ def output_members(layer: DenseLayer, index: Tensor | None = None) -> list[Membe
 
 
 def input_member(layer: DenseLayer, index: Tensor | None = None) -> Member:
-    """The weight of a dense layer, by input."""
+    """Make a member of the weight of a dense layer, by input."""
     return Member(layer.path("weight"), layer.weight, (1 - layer.output_axis,), index)

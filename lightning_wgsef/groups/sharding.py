@@ -1,4 +1,4 @@
-"""Parameters spread over processes (DTensor, as FSDP2 makes them): what of them lies here."""
+"""Sharding of members over processes (DTensor, as FSDP2 makes them): what of them lies here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from lightning_wgsef.network.sharding import is_sharded, spans
 
 @dataclass(frozen=True, eq=False)
 class LocalMember(Member):
-    """What lies on this process of a member whose parameter is sharded.
+    """Shard of a member: what of its parameter lies on this process.
 
-    Slices are those of the part; ``index`` is the group of each.
+    Slices are those of the shard; ``index`` is the group of each.
 
     Attributes:
         spans: the places on every axis of the parameter that are here.
@@ -26,7 +26,7 @@ class LocalMember(Member):
 
     @property
     def extent(self) -> Sequence[int]:
-        """The shape of the part."""
+        """The shape of the shard."""
         return tuple(map(len, self.spans))
 
     @property
@@ -36,16 +36,16 @@ class LocalMember(Member):
 
     @torch.no_grad()
     def own(self, tensor: Tensor) -> Tensor:
-        """Of a tensor that is shaped like the parameter, what is here; a view."""
+        """View of a tensor that is shaped like the parameter what is here."""
         if is_sharded(tensor):
             return tensor.to_local().detach()
         return tensor.detach()[tuple(slice(span.start, span.stop) for span in self.spans)]
 
 
 def local_member(member: Member) -> Member:
-    """``member`` with the slices that lie on this process; itself where it is not sharded.
+    """Return ``member`` with the slices that lie on this process; itself if it is not sharded.
 
-    A slice of which only some weights are here is one of the part, of the same group.
+    A slice of which only some weights are here is one of the shard, of the same group.
 
     Raises:
         ValueError: see `spans`.
@@ -55,7 +55,7 @@ def local_member(member: Member) -> Member:
     held = spans(member.parameter, member.name)
     index = torch.arange(member.slices) if member.index is None else member.index.cpu()
     axes = member.axes
-    if member.shape is not None:  # a part may begin inside a tile: every weight for itself
+    if member.shape is not None:  # a shard may begin inside a tile: every weight for itself
         along = [n if axis in axes else 1 for axis, n in enumerate(member.shape)]
         index = index.view(along).expand(member.shape).reshape(member.parameter.shape)
         axes = tuple(range(member.parameter.dim()))
@@ -65,7 +65,7 @@ def local_member(member: Member) -> Member:
 
 
 def counted_here(members: Sequence[Member]) -> list[bool]:
-    """Does this process count each of the members? Of what several hold, the first one does.
+    """Tell which members this process counts: of what several hold, the first one does.
 
     Every process has to ask.
     """

@@ -1,4 +1,4 @@
-r"""The weighted group sparse envelope: value, conjugate, sparsity gap and proximal step.
+r"""Weighted group sparse envelope: value, conjugate, sparsity gap and proximal step.
 
 Pure functions of group norms. Groups :math:`j = 1..m` have norms :math:`a_j = \|\theta_j\|_2`,
 penalty weights :math:`w_j > 0` and costs :math:`c_j > 0` (1 unless given) and compete inside their
@@ -44,9 +44,9 @@ untouched: the step becomes the projection onto the budget, which is what is com
 **Why the root is unique.** Each :math:`c_j u_j(\rho)` is continuous, piecewise linear and
 non-decreasing, 0 at its first breakpoint and :math:`c_j` from its second one on. Their sum is 0 at
 the first breakpoint of all and what all live groups cost at the last: if that exceeds K there is a
-root, and where the sum is constant at K all roots give the same u. `roots` finds it.
+root, and where the sum is constant at K all roots give the same u. `root_finding` finds it.
 
-**Metric prox.** See `metric`: the same with :math:`\tfrac12 \sum_i D_i (\theta_i - v_i)^2`.
+**Metric prox.** See `preconditioned`: the same with :math:`\tfrac12 \sum_i D_i (\theta_i - v_i)^2`.
 
 Values are checked where that is free (on the CPU); on an accelerator only types and shapes are,
 since looking at values would stall the device.
@@ -75,7 +75,7 @@ def envelope_value(
     costs: Tensor | None = None,
     segments: Tensor | int | Segments | None = None,
 ) -> Tensor:
-    r"""Value E of the envelope in every segment (Refael et al. 2022; the formula above).
+    r"""Return the value E of the envelope in every segment (Refael et al. 2022; the formula above).
 
     The minimiser is :math:`u_j = \min(1, \rho\, a_j \sqrt{w_j/c_j})` with :math:`\rho` the root of
     :math:`\sum c_j u_j = K`, or :math:`u_j = 1` for every live group if those fit the budget.
@@ -110,10 +110,11 @@ def sparsity_gap(
     costs: Tensor | None = None,
     segments: Tensor | int | Segments | None = None,
 ) -> Tensor:
-    r"""The gap :math:`R = E - \tfrac12\sum_j w_j a_j^2 \ge 0`; 0 exactly when the budget is kept.
+    r"""Return the gap :math:`R = E - \tfrac12\sum_j w_j a_j^2 \ge 0`.
 
-    Computed as :math:`\tfrac12\sum_j w_j a_j^2 (1 - u_j)/u_j`, without the cancellation of the
-    difference. Arguments, result and errors as in `envelope_value`.
+    It is 0 exactly when the budget is kept. Computed as
+    :math:`\tfrac12\sum_j w_j a_j^2 (1 - u_j)/u_j`, without the cancellation of the difference.
+    Arguments, result and errors as in `envelope_value`.
 
     >>> sparsity_gap(torch.tensor([3.0, 4.0]), 1)
     tensor([12.])
@@ -130,11 +131,11 @@ def envelope_conjugate(
     weights: Tensor | None = None,
     segments: Tensor | int | Segments | None = None,
 ) -> Tensor:
-    r"""Conjugate :math:`E^*(y) = \sup_\theta \langle y, \theta\rangle - E(\theta)`, unit costs.
+    r"""Return :math:`E^*(y) = \sup_\theta \langle y, \theta\rangle - E(\theta)`, the conjugate.
 
-    Half the sum of the K largest :math:`\|y_j\|^2 / w_j` (Beck and Refael 2022); a fractional
-    budget adds that fraction of the next one. Arguments, result and errors as in `envelope_value`,
-    with the norms :math:`\|y_j\|`.
+    With unit costs: half the sum of the K largest :math:`\|y_j\|^2 / w_j` (Beck and Refael 2022);
+    a fractional budget adds that fraction of the next one. Arguments, result and errors as in
+    `envelope_value`, with the norms :math:`\|y_j\|`.
 
     >>> envelope_conjugate(torch.tensor([3.0, 4.0, 1.0]), 2)
     tensor([12.5000])
@@ -153,7 +154,7 @@ def prox_multipliers(
     debias: float = 0.0,
     anchored: bool = False,
 ) -> Tensor:
-    r"""The factor by which the proximal step scales every group: :math:`\theta_j = f_j v_j`.
+    r"""Return the factor by which the proximal step scales every group: :math:`\theta_j = f_j v_j`.
 
     .. math:: \theta = \arg\min_\theta \tfrac12\|\theta - v\|^2
               + \tau \big( E(\theta) - \gamma\, \tfrac12 \sum_j w_j \|\theta_j\|^2 \big)
@@ -226,7 +227,7 @@ def _conjugate(competition: Competition) -> Tensor:
 
 
 def _envelope_shares(competition: Competition) -> Tensor:
-    """The minimiser u of the envelope's value: the step's shares at threshold 0 and width 1."""
+    """Find the minimiser u of the value: the step's shares at threshold 0 and width 1."""
     nothing = torch.zeros_like(competition.budgets)
     return competition.shares(nothing, torch.ones_like(nothing))
 
@@ -274,7 +275,10 @@ def _general(competition: Competition, steps: Tensor, debias: float, anchored: b
 def _special(
     problem: Problem, bucket: Bucket, steps: Tensor, debias: float, anchored: bool
 ) -> Tensor | None:
-    """Millions of groups in one segment, or many segments of a few, in their own way; else None."""
+    """Solve millions of groups in one segment, or many segments of a few; return None for others.
+
+    Both are solved in the precision of the norms, without a copy of all in float64.
+    """
     plain = problem.weights is None and problem.costs is None
     if not plain or problem.norms.device.type != "cpu" or bucket.positions is not None:
         return None
@@ -299,7 +303,7 @@ def _special(
 
 
 def _factors(shares: Tensor, thresholds: Tensor, debias: float) -> Tensor:
-    """The factors u / ((1 - debias t) u + t), and 1 where t = 0."""
+    """Return the factors u / ((1 - debias t) u + t), and 1 where t = 0."""
     # Written so that u = 1 at debias 1 gives exactly 1.
     factors = shares / (shares + thresholds * (1 - debias * shares))
     if thresholds.device.type == "cpu" and bool((thresholds > 0).all()):

@@ -1,4 +1,4 @@
-r"""The proximal step in a diagonal metric, such as the one that Adam steps in.
+r"""Proximal step in a diagonal metric, such as the one that Adam steps in.
 
 .. math:: \theta = \arg\min_\theta \tfrac12 \sum_i D_i (\theta_i - v_i)^2
           + \tau \big( E(\theta) - \gamma\, \tfrac12 \sum_j w_j \|\theta_j\|^2 \big),
@@ -40,8 +40,8 @@ from lightning_wgsef.penalties.problem import Competition, Problem
 from lightning_wgsef.penalties.segments import Segments
 from lightning_wgsef.utils.validation import check_number, per_segment, shape_of
 
+# From shares u, shape (m,), to the sums of (D v / x)^2 and (D v / x)^2 x' / x over every group.
 Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""From shares u, shape (m,), to the sums of (D v / x)^2 and (D v / x)^2 x' / x over every group."""
 
 ROUNDS = 40
 
@@ -58,7 +58,9 @@ def prox_metric(
     segments: Tensor | int | Segments | None = None,
     debias: float = 0.0,
 ) -> Tensor:
-    r"""The proximal step of the envelope in the metric D (formula and derivation: this module).
+    r"""Return the weights after the envelope's proximal step in the metric D.
+
+    Formula and derivation: this module.
 
     Args:
         values: the weights v, shape (n,), floating point.
@@ -129,7 +131,7 @@ def metric_shares(
     tolerance: float = 1e-10,
     rounds: int = ROUNDS,
 ) -> Tensor:
-    """The shares u_j of the metric prox, shape (m,).
+    """Find the shares u_j of the metric prox, shape (m,).
 
     Args:
         problem: the budgets; its norms are not used.
@@ -151,7 +153,7 @@ def metric_shares(
 
 
 def tangent_shares(problem: Problem, squares: Tensor, slopes: Tensor, shares: Tensor) -> Tensor:
-    """One round: the shares that spend the budgets if every phi_j were its tangent at ``shares``.
+    """Find the shares that spend the budgets if every phi_j were its tangent at ``shares``.
 
     Multiplied by the square root of ``squares`` the tangent's equation reads
     1 + (slopes / squares) (u - shares) = rho z, z = sqrt(squares w / c).

@@ -1,4 +1,4 @@
-"""One competition for budgets: what the envelope and its proximal step both have to solve.
+"""Competition for budgets, as the envelope and its proximal step both have to solve it.
 
 Checked arguments in working precision, laid out with one segment a row; the shares u_j that spend
 each budget exactly; and the groups that a projection keeps.
@@ -46,19 +46,19 @@ class Competition:
         return self.norms.device.type == "cpu"
 
     def total(self, values: Tensor) -> Tensor:
-        """Sum of ``values`` over each segment, shape (S, 1)."""
+        """Sum ``values`` over each segment, shape (S, 1)."""
         return values.sum(1, keepdim=True)
 
     def weighted(self, values: Tensor) -> Tensor:
-        """``values`` times the penalty weights."""
+        """Multiply ``values`` by the penalty weights."""
         return values if self.weights is None else values * self.weights
 
     def priced(self, values: Tensor) -> Tensor:
-        """``values`` times the costs."""
+        """Multiply ``values`` by the costs."""
         return values if self.costs is None else values * self.costs
 
     def strengths(self) -> Tensor:
-        r"""The order in which groups enter a budget: :math:`a_j \sqrt{w_j / c_j}`."""
+        r"""Return :math:`a_j \sqrt{w_j / c_j}`, in whose order groups enter a budget."""
         strengths = self.norms
         if self.weights is not None:
             strengths = strengths * self.weights.sqrt()
@@ -67,11 +67,11 @@ class Competition:
         return strengths
 
     def live(self) -> Tensor:
-        """1 for every group that is not zero, 0 for the others."""
+        """Return 1 for every group that is not zero, 0 for the others."""
         return (self.norms > 0).to(self.norms.dtype)
 
     def shares(self, thresholds: Tensor, widths: Tensor) -> Tensor:
-        r"""Shares :math:`u_j = clip((\rho z_j - threshold_j) / width_j, 0, 1)` that spend K.
+        r"""Find :math:`u_j = clip((\rho z_j - threshold_j) / width_j, 0, 1)` that spend K.
 
         :math:`z_j` is the group's strength and :math:`\rho` the root of :math:`\sum c_j u_j = K`
         in its segment; live groups that fit get 1, zero groups 0.
@@ -103,7 +103,7 @@ class Competition:
         return torch.where(fits, live, shares)
 
     def last_within_budget(self) -> Tensor:
-        """Position in its row of the weakest group that a projection keeps, shape (S, 1), -1: none.
+        """Find the weakest group that a projection keeps: its place in the row, (S, 1), -1: none.
 
         Of several groups with its strength it is any one.
         """
@@ -120,7 +120,7 @@ class Competition:
         return torch.where(last >= 0, order.gather(1, last.clamp(min=0)), -1)
 
     def within_budget(self) -> tuple[Tensor, Tensor]:
-        """The groups kept by a projection, and the weakest of them in every segment.
+        """Find the groups that a projection keeps, and the weakest of them in every segment.
 
         Strongest first (ties: lower index first), while their costs fit the budget.
 
@@ -175,11 +175,11 @@ class Problem:
         self.costs = None if costs is None else per_group("costs", costs, norms.to(work))
 
     def buckets(self) -> list[Bucket]:
-        """The segments that share a matrix, without empty ones."""
+        """List the segments that share a matrix, without empty ones."""
         return [bucket for bucket in self.segments.buckets if bucket.rows and bucket.width]
 
     def competition(self, bucket: Bucket) -> Competition:
-        """The competition in these segments, in working precision."""
+        """Lay the competition in these segments out, in working precision."""
         return Competition(
             bucket.matrix(self.norms).to(self.budgets.dtype),
             bucket.column(self.budgets),
@@ -188,13 +188,13 @@ class Problem:
         )
 
     def with_norms(self, norms: Tensor) -> Problem:
-        """The same competition among groups of other norms, which are not checked."""
+        """Return the same competition among groups of other norms, which are not checked."""
         replaced = copy(self)
         replaced.norms = norms
         return replaced
 
     def solve(self, of: Callable[..., Tensor], *per_group: Tensor) -> Tensor:
-        """``of`` a competition and vectors over groups as matrices, as a vector over groups."""
+        """Apply ``of`` to every competition, with vectors over groups as matrices, as per_group."""
         result = None
         for bucket in self.buckets():
             matrices = [bucket.matrix(vector, pad_with_lowest=True) for vector in per_group]
@@ -207,7 +207,7 @@ class Problem:
         return None if values is None else bucket.matrix(values, pad_with_lowest=True)
 
     def per_group(self, of: Callable[[Bucket], Tensor]) -> Tensor:
-        """A matrix for every bucket as a vector over groups, shape (m,), in the dtype of norms."""
+        """Apply ``of`` to every bucket: matrices to a vector over groups, (m,), dtype of norms."""
         result = None
         for bucket in self.buckets():
             matrix = of(bucket).to(self.norms.dtype)
@@ -215,7 +215,7 @@ class Problem:
         return self.norms.clone() if result is None else result
 
     def per_segment(self, of: Callable[[Competition], Tensor]) -> Tensor:
-        """A column for every bucket as a vector over segments, shape (S,), dtype of norms."""
+        """Apply ``of`` to every competition: columns to a vector over segments, (S,)."""
         result = self.norms.new_zeros(self.segments.count)
         for bucket in self.buckets():
             values = bucket.of_segments(of(self.competition(bucket)).to(result))
@@ -226,7 +226,7 @@ class Problem:
 
 
 def as_segments(segments: Tensor | int | Segments | None, norms: Tensor, k: object) -> Segments:
-    """``segments`` in every form in which it may be given.
+    """Read ``segments`` in every form in which it may be given.
 
     Raises:
         ValueError: labels of another length or dtype, a length that does not divide m, or more

@@ -13,16 +13,16 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# A segment of so many groups has a matrix of its own.
 LARGE = 2**18
-"""A segment of so many groups has a matrix of its own."""
 
+# Up to this many entries a matrix may be mostly padding: that is cheaper than a second matrix.
 _SMALL = 2**16
-"""Up to this many entries a matrix may be mostly padding."""
 
 
 @dataclass(frozen=True, eq=False)
 class Bucket:
-    """Segments that share one matrix.
+    """Segments of like length, which share one matrix.
 
     Attributes:
         rows: number of segments.
@@ -41,7 +41,7 @@ class Bucket:
     n_of_m: bool = False
 
     def matrix(self, per_group: Tensor, *, pad_with_lowest: bool = False) -> Tensor:
-        """A vector over all groups, shape (m,), as a matrix, shape (rows, width), zero padded.
+        """Lay a vector over all groups, shape (m,), out as a zero-padded matrix (rows, width).
 
         Divisors and weights are padded with their lowest value, which is as valid as the others.
         """
@@ -50,22 +50,22 @@ class Bucket:
             return values.view(self.rows, self.width)
         matrix = values.new_zeros(self.rows * self.width)
         if pad_with_lowest:
-            matrix += values.amin()
+            matrix += values.amin()  # stays on the device, unlike a fill value
         return matrix.index_copy_(0, self.positions, values).view(self.rows, self.width)
 
     def column(self, per_segment: Tensor) -> Tensor:
-        """A vector over all segments, shape (S,), as a column, shape (rows, 1)."""
+        """Return what a vector over all segments, shape (S,), has for the rows, shape (rows, 1)."""
         values = per_segment if self.segments is None else per_segment[self.segments]
         if self.n_of_m:
             return values.view(1, 1).expand(self.rows, 1)
         return values.view(self.rows, 1)
 
     def of_segments(self, per_row: Tensor) -> Tensor:
-        """A number of every row, shape (rows,) or (rows, 1), summed over the rows of a segment."""
+        """Sum a number of every row, shape (rows,) or (rows, 1), over the rows of a segment."""
         return per_row.view(-1).sum(0, keepdim=True) if self.n_of_m else per_row.view(-1)
 
     def place(self, matrix: Tensor, result: Tensor | None, size: int) -> Tensor:
-        """Write the matrix back into a vector over all ``size`` groups; the vector."""
+        """Write the matrix back into a vector over all ``size`` groups, and return that."""
         values = matrix.reshape(-1)
         if self.positions is not None:
             values = values[self.positions]
@@ -77,7 +77,7 @@ class Bucket:
 
 
 class Segments:
-    """Which of m groups compete with each other.
+    """Partition of m groups into those that compete with each other.
 
     Args:
         size: number of groups m.
@@ -97,7 +97,7 @@ class Segments:
 
     @classmethod
     def of_sizes(cls, sizes: Sequence[int], device: torch.device | str = "cpu") -> Segments:
-        """Consecutive segments of these lengths.
+        """Make consecutive segments of these lengths.
 
         >>> Segments.of_sizes([2, 1]).labels()
         tensor([0, 0, 1])
@@ -105,24 +105,26 @@ class Segments:
         total, count = sum(sizes), len(sizes)
         width = max(sizes, default=0)
         large = count > 1 and width >= LARGE
-        if total == count * width and not large:
+        if total == count * width and not large:  # a view is enough
             return cls(total, count, [Bucket(count, width)])
         lengths = torch.tensor(sizes)
         starts = lengths.cumsum(0) - lengths
         if count * width <= max(_SMALL, 2 * total) and not large:
-            # Every group as far right of its row's first place as it is of its segment's first.
+            # A group is as far right of its row's first place as it is of its segment's first.
             shift = torch.arange(count) * width - starts
             positions = torch.arange(total) + shift.repeat_interleave(lengths)
             return cls(total, count, [Bucket(count, width, positions=positions.to(device))])
-        # Very different lengths: those within a factor of two of each other share a matrix.
+        # Very different lengths: those within a factor of two of each other share a matrix, so
+        # that at most half of it is padding. A negative key is met once: a matrix of its own.
         alike: dict[int, list[int]] = {}
         for number, n in enumerate(sizes):
             alike.setdefault(n.bit_length() if n < LARGE else -number - 1, []).append(number)
         buckets = []
         for own in alike.values():
+            # So much alike that this makes one bucket, in one of the two ways above.
             inner = cls.of_sizes([sizes[number] for number in own], device).buckets[0]
             groups: Tensor | slice = slice(int(starts[own[0]]), int(starts[own[0]]) + sizes[own[0]])
-            if len(own) > 1:
+            if len(own) > 1:  # their groups lie apart: by how much each is shifted
                 mine = lengths[own]
                 shift = starts[own] - (mine.cumsum(0) - mine)
                 groups = torch.arange(int(mine.sum())) + shift.repeat_interleave(mine)
@@ -133,13 +135,13 @@ class Segments:
 
     @classmethod
     def of_labels(cls, labels: Tensor, count: int | None = None) -> Segments:
-        """Segments given by a number 0..S-1 for every group, shape (m,); read by the host."""
+        """Make segments of a number 0..S-1 for every group, shape (m,); read by the host."""
         labels = labels.long()
         sizes = torch.bincount(labels, minlength=count or 0)
         laid_out = cls.of_sizes(sizes.tolist(), labels.device)
         if bool((labels[1:] >= labels[:-1]).all()):
             return laid_out
-        order = labels.argsort(stable=True)
+        order = labels.argsort(stable=True)  # among equals the lower index stays first
         buckets = [
             replace(bucket, groups=order if bucket.groups is None else order[bucket.groups])
             for bucket in laid_out.buckets
@@ -153,7 +155,7 @@ class Segments:
         ms: Sequence[int | None],
         device: torch.device | str = "cpu",
     ) -> Segments:
-        """Consecutive segments, of which some are cut into rows of m groups, as in n:m.
+        """Make consecutive segments, of which some are cut into rows of m groups, as in n:m.
 
         Each of these rows has the segment's budget to itself.
 
@@ -176,6 +178,7 @@ class Segments:
         buckets = []
         whole = torch.tensor([number for number, m in enumerate(ms) if not m])
         if len(whole):
+            # Laid out as if they were all, then numbered as they are among all.
             mine = lengths[whole]
             before = starts[whole] - (mine.cumsum(0) - mine)
             groups = torch.arange(int(mine.sum())) + before.repeat_interleave(mine)
@@ -194,7 +197,7 @@ class Segments:
         return cls(sum(sizes), len(sizes), buckets)
 
     def total(self, per_group: Tensor) -> Tensor:
-        """Sum over every segment of a number of each group, shape (S,)."""
+        """Sum a number of each group, shape (m,), over every segment, shape (S,)."""
         totals = per_group.new_zeros(self.count)
         for bucket in self.buckets:
             sums = bucket.of_segments(bucket.matrix(per_group).sum(1))
@@ -204,7 +207,7 @@ class Segments:
         return totals
 
     def spread(self, per_segment: Tensor) -> Tensor:
-        """For every group the value of its segment, shape (m,)."""
+        """Give every group the value of its segment, shape (m,)."""
         result = None
         for bucket in self.buckets:
             matrix = bucket.column(per_segment).expand(bucket.rows, bucket.width)
@@ -212,5 +215,5 @@ class Segments:
         return per_segment[:0] if result is None else result
 
     def labels(self) -> Tensor:
-        """The segment of every group, shape (m,)."""
+        """Return the number of every group's segment, shape (m,)."""
         return self.spread(torch.arange(self.count))

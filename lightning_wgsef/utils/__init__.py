@@ -1,1 +1,1 @@
-"""What every package uses: checks of arguments, atomic writes, tables."""
+"""Utilities of every package: validation of arguments, files, tables."""

@@ -1,4 +1,4 @@
-"""Checks of arguments: errors that name the argument, its value and what would be accepted."""
+"""Validation of arguments: errors that name the argument, its value and what would be accepted."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 def per_segment(
     name: str, value: float | Tensor, count: int, like: Tensor, *, positive: bool = False
 ) -> Tensor:
-    """``value`` as a tensor of shape (count,), with dtype and device of ``like``.
+    """Return ``value`` as a tensor of shape (count,), with dtype and device of ``like``.
 
     Raises:
         ValueError: a wrong shape or value; the message calls it ``name``.
@@ -32,7 +32,7 @@ def per_segment(
 
 
 def per_group(name: str, values: Tensor, like: Tensor) -> Tensor:
-    """``values`` > 0 for every group, with shape, dtype and device of ``like``.
+    """Return ``values`` > 0 for every group, with shape, dtype and device of ``like``.
 
     Raises:
         ValueError: a wrong shape or value; the message calls it ``name``.
@@ -95,5 +95,5 @@ def check_count_or_share(name: str, value: object, unit: str) -> None:
 
 
 def shape_of(values: Tensor) -> str:
-    """The shape as a message shows it."""
+    """Format the shape for a message."""
     return str(tuple(values.shape))

@@ -1,8 +1,8 @@
 """Faults planted in the source of the envelope must turn the checkers of its tests red.
 
-Those of `test_envelope_oracle` first of all. Faults in the files that lay segments out, check
-arguments and find roots are in `test_planted_faults_rows`, those in the metric step in
-`test_planted_faults_metric`.
+Those of `test_envelope` first of all. Faults in the files that lay segments out, check
+arguments and find roots are in `test_mutants_segments`, those in the metric step in
+`test_mutants_preconditioned`.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""Faults planted in the metric step's source must turn the checkers of `test_prox_metric` red."""
+"""Faults in the source of the metric step must turn the checkers of `test_preconditioned` red."""
 
 import inspect
 

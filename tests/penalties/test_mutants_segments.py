@@ -1,6 +1,6 @@
 """Faults planted in the files under the envelope: arguments, layout of segments, roots.
 
-Where the checkers of `test_envelope_oracle` cannot see a fault, since results stay right or the
+Where the checkers of `test_envelope` cannot see a fault, since results stay right or the
 problems never take that way, those of the file's own tests must.
 """
 

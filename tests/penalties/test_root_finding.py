@@ -1,6 +1,6 @@
 """The root that spends a budget, against its definition, and in how many rounds it is found.
 
-The `check_*` functions take the module under test, so that `test_planted_faults` can give them a
+The `check_*` functions take the module under test, so that `test_mutants` can give them a
 broken one.
 """
 

@@ -1,6 +1,6 @@
 """Segments as rows of matrices and back, against lists of the groups of every segment.
 
-The `check_*` functions take the module under test, so that `test_planted_faults` can give them a
+The `check_*` functions take the module under test, so that `test_mutants` can give them a
 broken one.
 """
 

@@ -1,6 +1,6 @@
 """Checks of arguments by themselves: what passes, and what an error names.
 
-The `check_*` function takes the module under test, so that `test_planted_faults` can give it a
+The `check_*` function takes the module under test, so that `test_mutants` can give it a
 broken one.
 """
 

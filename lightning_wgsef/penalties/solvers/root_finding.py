@@ -1,4 +1,4 @@
-r"""The root that spends a budget, of a piecewise linear function.
+r"""Root finding for the multiplier that spends a budget: of a piecewise linear function.
 
 For every row, :math:`g(\rho) = \sum_j c_j\, \mathrm{clip}(\rho\, s_j - o_j, 0, 1)` with slopes
 :math:`s_j \ge 0` and offsets :math:`o_j \ge 0` is continuous, piecewise linear and non-decreasing.
@@ -18,14 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# 20,000 random problems took 40 at most.
 ROUNDS = 64
-"""20,000 random problems took 40 at most."""
 
+# Breakpoints of a row that are tried at once.
 TRIALS = 31
-"""Breakpoints of a row that are tried at once."""
 
+# Numbers that trying them may take in all: of long rows fewer are tried.
 _TRIED = 2**22
-"""Numbers that trying them may take in all: of long rows fewer are tried."""
 
 
 def root_of_budget(
@@ -36,7 +36,7 @@ def root_of_budget(
     start: Tensor,
     out_of_reach: Tensor,
 ) -> Tensor:
-    r"""The :math:`\rho` with :math:`g(\rho) = K` in every row.
+    r"""Find the :math:`\rho` with :math:`g(\rho) = K` in every row.
 
     Args:
         slopes: :math:`s_j`, shape (S, n); 0 for a group that is zero.
@@ -60,20 +60,24 @@ def root_of_budget(
     priced = slopes if costs is None else slopes * costs
     root = start.nan_to_num(1.0, largest, 1.0).clamp(numbers.tiny, largest)
     low, high = torch.zeros_like(root), torch.full_like(root, largest)
+    # Longer than any relative step: the first Newton step inside the bracket is trusted.
     previous = torch.full_like(root, 2.0)
     done, negative, tolerance = out_of_reach, -offsets, 8 * numbers.eps * budgets
     for _ in range(ROUNDS):
         unclipped = torch.addcmul(negative, slopes, root)
         shares = unclipped.clamp(0, 1)
+        # What clipping left alone is what still grows with the root.
         slope = ((shares == unclipped) * priced).sum(1, True)
         excess = (shares if costs is None else shares * costs).sum(1, True) - budgets
         below = excess <= 0
         low, high = torch.where(below, root, low), torch.where(below, high, root)
-        newton = root - excess / slope
+        newton = root - excess / slope  # infinite or NaN where nothing grows: then not trusted
         step = (newton - root).abs() / torch.maximum(newton, root)
         middle = _middle(low, high)
         trusted = (newton > low) & (newton < high) & (step <= 0.5 * previous)
         previous = torch.where(trusted, step, 2.0)
+        # Rows that are done stay where they are while others go on; `middle == low`: no number is
+        # left between the ends of the bracket.
         done = done | (step <= 2 * numbers.eps) | (excess.abs() <= tolerance) | (middle == low)
         root = torch.where(done, root, torch.where(trusted, newton, middle))
         if bool(done.all()):
@@ -82,7 +86,7 @@ def root_of_budget(
 
 
 def root_by_rank(slopes: Tensor, offsets: Tensor, costs: Tensor | None, budgets: Tensor) -> Tensor:
-    """What `root_of_budget` gives, without looking at a value.
+    """Find what `root_of_budget` finds, without looking at a value.
 
     >>> slopes, offsets = torch.tensor([[4.0, 2.0, 1.0]]), torch.zeros(1, 1)
     >>> root_by_rank(slopes, offsets, None, torch.tensor([[2.0]]))  # shares 1, 2/3, 1/3
@@ -95,6 +99,7 @@ def root_by_rank(slopes: Tensor, offsets: Tensor, costs: Tensor | None, budgets:
     enters = torch.where(slopes > 0, offsets * (1 - apart) / slopes, beyond).clamp(max=beyond)
     saturates = (1 + offsets) * (1 + apart) / slopes
     saturates = torch.where(slopes > 0, saturates, beyond).clamp(max=beyond)
+    # 0 is among them, so that the first spends nothing.
     nothing = torch.zeros_like(budgets)
     points = torch.cat([nothing, enters, saturates], 1).sort(1).values
     last = points.shape[1] - 1
@@ -102,18 +107,20 @@ def root_by_rank(slopes: Tensor, offsets: Tensor, costs: Tensor | None, budgets:
     number = torch.arange(1, trials + 1, device=slopes.device)
 
     def spent(roots: Tensor) -> Tensor:
-        """What the shares at these roots cost, a column each, shape (S, any)."""
+        """Return what the shares at these roots cost, a column each, shape (S, any)."""
         unclipped = torch.addcmul(-offsets.unsqueeze(2), slopes.unsqueeze(2), roots.unsqueeze(1))
         shares = unclipped.clamp_(0, 1)
         return (shares if costs is None else shares.mul_(costs.unsqueeze(2))).sum(1)
 
     # The last breakpoint that spends no more than the budget is one of `span`, the first at `low`.
     low, span = torch.zeros_like(budgets, dtype=torch.long), last + 1
+    # How often depends on their number alone, hence the host can know it.
     while span > 1:
         stride = -(-span // (trials + 1))
         tried = (low + stride * number).clamp(max=last)
         low = low + stride * (spent(points.gather(1, tried)) <= budgets).sum(1, True)
         low, span = low.clamp(max=last), stride
+    # Between two breakpoints next to each other the sum is a line: one interpolation is exact.
     ends = points.gather(1, torch.cat([low, (low + 1).clamp(max=last)], 1))
     sums = spent(ends)
     first, following = ends[:, :1], ends[:, 1:]
@@ -123,7 +130,9 @@ def root_by_rank(slopes: Tensor, offsets: Tensor, costs: Tensor | None, budgets:
 
 
 def _middle(low: Tensor, high: Tensor) -> Tensor:
-    """Between two positive numbers, halfway on the scale of their exponents."""
+    """Return the number halfway between two positive ones on the scale of their exponents."""
+    # Bits of a positive float, read as an integer, rise with it: their mean is near the geometric
+    # one, also where one end is 0 or the product of both would overflow.
     whole = torch.int64 if low.dtype == torch.float64 else torch.int32
     first, last = low.view(whole), high.view(whole)
     return (first + (last - first).div_(2, rounding_mode="floor")).view(low.dtype)

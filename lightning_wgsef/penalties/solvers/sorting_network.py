@@ -1,4 +1,4 @@
-r"""Many segments of a few groups, such as 2 of every 4 weights: a closed form instead of a search.
+r"""Sorting network for many segments of a few groups, such as 2 of every 4 weights: a closed form.
 
 With norms in descending order :math:`a_1 \ge \dots \ge a_n` and shares
 :math:`u_i = \mathrm{clip}((\rho a_i - t) / d, 0, 1)`, cutting below only gives
@@ -23,22 +23,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from lightning_wgsef.utils.cache import CACHED
+
+# Up to so many groups in a segment a network is better than a search.
 LONGEST = 16
-"""Up to so many groups in a segment a network is better than a search."""
 
+# From so many segments on this pays.
 MANY = 2**12
-"""From so many segments on this pays."""
 
-_CHUNK = 2**18
-
+# Above this ratio of t to d float32 would lose more than that.
 _STEEP = 4.0
-"""Above this ratio of t to d float32 would lose more than that."""
 
+# The least 1 / rho, as a share of the largest norm. It is 0 where all live groups fit, and factors
+# would be 0 / 0.
 _SHORTEST = 1e-12
 
 
 def multipliers(norms: Tensor, step: float, k: int, *, debias: float, anchored: bool) -> Tensor:
-    """What `prox_multipliers` gives, shape (S, n).
+    """Return what `prox_multipliers` gives, shape (S, n).
 
     Args:
         norms: shape (S, n), finite, at least 0.
@@ -69,6 +71,7 @@ def multipliers(norms: Tensor, step: float, k: int, *, debias: float, anchored: 
 
 
 def _factors(norms: Tensor, lowest: Tensor, highest: Tensor, width: float, most: float) -> Tensor:
+    """Return u / ((1 - debias t) u + t), written in bounded norms: one division."""
     bounded = torch.clamp(norms, lowest, highest)
     # Stretched by its own rounding, so that what is saturated is exactly so.
     stretch = (1 + 8 * torch.finfo(norms.dtype).eps) / width
@@ -76,9 +79,11 @@ def _factors(norms: Tensor, lowest: Tensor, highest: Tensor, width: float, most:
 
 
 def _inverse_root(ordered: list[Tensor], step: float, width: float, k: int) -> Tensor:
-    """1 / rho for every segment."""
+    """Return 1 / rho for every segment, by the formula of this module."""
+    # Of 1 / rho, which is 0 where too few groups are live, the largest over e and the least over s.
     least = None
     for saturated in range(k):
+        # The sum a_{s+1} + .. + a_e, which gains one norm with every e.
         total = sum(ordered[saturated:k], torch.zeros_like(ordered[0]))
         greatest = None
         for entered in range(k, len(ordered) + 1):
@@ -93,7 +98,8 @@ def _inverse_root(ordered: list[Tensor], step: float, width: float, k: int) -> T
 
 
 def _in_order(rows: list[Tensor]) -> list[Tensor]:
-    """The rows in descending order, entry by entry (odd-even merge sort, Batcher 1968)."""
+    """Sort the rows in descending order, entry by entry (odd-even merge sort, Batcher 1968)."""
+    # Which pairs are compared does not depend on values: every step is one pass over two rows.
     rows = list(rows)
     for first, second in _network(len(rows)):
         high, low = (
@@ -105,18 +111,18 @@ def _in_order(rows: list[Tensor]) -> list[Tensor]:
 
 
 def _network(count: int) -> Iterator[tuple[int, int]]:
-    """Pairs to compare, in order.
+    """Yield the pairs to compare, in order.
 
     >>> list(_network(4))
     [(0, 1), (2, 3), (0, 2), (1, 3), (1, 2)]
     """
-    size = 1
+    size = 1  # length of the runs that are in order already and are merged in pairs
     while size < count:
-        reach = size
+        reach = size  # how far apart the two of a pair are
         while reach >= 1:
             for start in range(reach % size, count - reach, 2 * reach):
                 for first in range(start, min(start + reach, count - reach)):
-                    second = first + reach
+                    second = first + reach  # of the same merge, or it is no pair
                     if first // (2 * size) == second // (2 * size):
                         yield first, second
             reach //= 2
@@ -126,8 +132,8 @@ def _network(count: int) -> Iterator[tuple[int, int]]:
 def _chunks(
     norms: Tensor, result: Tensor, dtype: torch.dtype
 ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Column by column, contiguous, some segments at a time; and where the results go."""
-    segments = max(1, _CHUNK // norms.shape[1])
+    """Yield the columns of some segments at a time, contiguous, and where their results go."""
+    segments = max(1, CACHED // norms.shape[1])
     some, out = torch.split(norms, segments), torch.split(result, segments)
     for rows, results in zip(some, out, strict=True):
         columns = [column.to(dtype).contiguous() for column in rows.unbind(1)]
