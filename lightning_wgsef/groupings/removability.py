@@ -108,7 +108,9 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
     operations = {
         type(node.grad_fn).__name__.removesuffix("Backward0")
         for node, _ in found.tied.positions
-        if node.type == OPTYPE.ELEMENTWISE and node.grad_fn is not None
+        if node.type == OPTYPE.ELEMENTWISE
+        and node.grad_fn is not None
+        and node.grad_fn not in graph.inside
     }
     return (
         f"zero does not stay zero in one of {', '.join(sorted(operations))}" if operations else ""

@@ -49,6 +49,8 @@ def slices(graph: Graph, tied: CoupledChannels, side: Side) -> Iterator[Slices]:
         yield Slices(node.module, parameter_axis(node.module, len(groups)), groups)
     elif node.type == OPTYPE.EMBED:
         yield Slices(node.module.weight, 1, groups)
+    elif node.type == OPTYPE.PRELU and node.module.num_parameters == 1:
+        return  # one slope for all channels
     elif node.type in PRODUCERS + _SCALES:
         # A depthwise transposed convolution has its one filter for each channel along axis 0.
         across = node.type == OPTYPE.CONV and node.module.transposed

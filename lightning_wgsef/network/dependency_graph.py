@@ -243,6 +243,9 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
     (8, ['CONV', 'ELEMENTWISE', 'CONV'])
     """
     clone = model_copy(model).eval()
+    for module in clone.modules():
+        if getattr(module, "inplace", False) is True:  # it would hide its input from the trace
+            module.inplace = False  # type: ignore[assignment]
     for parameter in clone.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     names = {module: canonical_name(name) for name, module in clone.named_modules()}

@@ -52,7 +52,7 @@ def layer_outputs(
         if kept is not None:
             axis = 1 - layer.weight.dim()  # -1 for dense layers, -3 for images
             output = output.index_select(axis, torch.tensor(kept, device=output.device))
-        seen.setdefault(name, []).append(output)
+        seen.setdefault(name, []).append(output.clone())  # what follows may write into it
 
     with observed({name: layer.module for name, layer in layers.items()}, after=note):
         seen[OUTPUTS] = tensors(run_example(network, example_input))

@@ -56,7 +56,9 @@ class Watch:
                     self.inside.add(operation)
                     waiting += [following for following, _ in operation.next_functions]
         elif not any(True for _ in module.parameters()):
-            self.activations.setdefault(returned.grad_fn, module)
+            # Dropout and Identity hand on what another module made.
+            if all(returned.grad_fn is not x.grad_fn for x in tensors(given)):
+                self.activations.setdefault(returned.grad_fn, module)
 
 
 def mixes_channels(node: Any) -> bool:
