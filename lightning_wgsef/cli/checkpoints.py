@@ -16,8 +16,8 @@ from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.slimming.files import load_slim
 from lightning_wgsef.utils.files import read_checkpoint
 
+# How many names a message lists.
 _SHOWN = 3
-"""How many names a message lists."""
 
 
 def load_model(path: str, make: str, init: Mapping[str, Any]) -> nn.Module:

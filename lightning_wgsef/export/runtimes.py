@@ -24,8 +24,8 @@ from lightning_wgsef.network.example_input import (
 from lightning_wgsef.utils.files import atomic_write
 from lightning_wgsef.utils.validation import check_number
 
+# Batch sizes: that of the trace (1 would be taken for a constant), and another to check with.
 _TRACED, _OTHER = 2, 3
-"""Batch sizes: that of the trace (1 would be taken for a constant), and another to check with."""
 
 
 def export_onnx(

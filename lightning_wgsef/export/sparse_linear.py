@@ -8,8 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+# What torch warns of, whoever makes a sparse tensor.
 BETA = "Sparse .* tensor support is in beta state"
-"""What torch warns of, whoever makes a sparse tensor."""
 
 
 class SparseLinear(nn.Module):

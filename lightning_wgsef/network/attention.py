@@ -41,6 +41,7 @@ def _fused(projection: str, output: str) -> ProjectionNames:
     return ProjectionNames(projection, projection, projection, output)
 
 
+# The names that are tried on every module, the first that fit count.
 PROJECTIONS: list[ProjectionNames] = [
     ProjectionNames("q_proj", "k_proj", "v_proj", "o_proj"),  # Llama, Mistral, Qwen, ViT
     ProjectionNames("q_proj", "k_proj", "v_proj", "out_proj"),  # OPT, CLIP, Whisper, BART
@@ -58,7 +59,6 @@ PROJECTIONS: list[ProjectionNames] = [
     ProjectionNames("q_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2, cross-attention
     _fused("c_attn", "c_proj"),  # GPT-2
 ]
-"""The names that are tried on every module, the first that fit count."""
 
 
 def register_projections(names: ProjectionNames) -> None:

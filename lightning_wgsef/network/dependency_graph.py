@@ -37,8 +37,8 @@ from lightning_wgsef.network.operations import (
 
 Node = Any
 
+# A node of torch-pruning's graph and the function that would prune its inputs or its outputs.
 Side = tuple[Node, Callable[..., Any]]
-"""A node of torch-pruning's graph and the function that would prune its inputs or its outputs."""
 
 
 class _Index(NamedTuple):

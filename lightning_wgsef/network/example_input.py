@@ -84,18 +84,79 @@ def random_like(example_input: Any, seed: int = 0) -> Any:
     return mapped(drawn, example_input)
 
 
-def doubled(example_input: Any) -> Any:
-    """The example twice, along the first axis of every tensor: norms train on two at least.
+def rolled(example_input: Any) -> Any:
+    """Return the example with its samples, along the first axis, in another order.
+
+    >>> rolled(torch.tensor([1, 2, 3]))[0]
+    tensor([3, 1, 2])
+    """
+    return mapped(lambda x: x.roll(1, 0) if isinstance(x, Tensor) and x.dim() else x, example_input)
+
+
+@torch.no_grad()
+def accepted_variation(
+    model: nn.Module, example_input: Any, *others: Any
+) -> tuple[Any, ...] | dict[str, Any] | None:
+    """Return an example unlike the given one that the network takes; None where it takes none.
+
+    Some inputs have a meaning: sorted lengths, corners of boxes, indices within a range. What the
+    network refuses of a variation stays as it was given.
+
+    Args:
+        model: any module; it is run as it is.
+        example_input: an example that it takes.
+        others: variations of it, in the order in which they are tried; none: random numbers, and
+            other samples first.
+
+    >>> steps = nn.Embedding(3, 2)
+    >>> accepted_variation(steps, torch.tensor([0, 2]), torch.tensor([7, 2]), torch.tensor([1, 2]))
+    (tensor([1, 2]),)
+    """
+    given = mapped(lambda x: x, example_input)
+    for other in others or (random_like(example_input), rolled(example_input)):
+        varied = mapped(lambda x: x, other)
+        if _takes(model, varied) and not _alike(given, varied):
+            return varied
+        names = given if isinstance(given, dict) else range(len(given))
+        best: Any = dict(given) if isinstance(given, dict) else list(given)
+        for name in names:
+            trial = copy.copy(best)
+            trial[name] = varied[name]  # type: ignore[index]
+            if _takes(model, trial if isinstance(trial, dict) else tuple(trial)):
+                best = trial
+        found = best if isinstance(best, dict) else tuple(best)
+        if not _alike(given, found):
+            return found
+    return None
+
+
+def _takes(model: nn.Module, example_input: Any) -> bool:
+    try:
+        run_example(model, example_input)
+    except ValueError:
+        return False
+    return True
+
+
+def _alike(one: Any, other: Any) -> bool:
+    pairs = zip(tensors(one), tensors(other), strict=True)
+    return all(torch.equal(a.to(b.device), b) for a, b in pairs)
+
+
+def doubled(example_input: Any, other: Any | None = None) -> Any:
+    """Join the example and another along the first axis: norms train on two samples at least.
 
     >>> doubled(torch.ones(1, 3))[0].shape
     torch.Size([2, 3])
     """
-    other = random_like(example_input)
+    other = mapped(lambda x: x, random_like(example_input) if other is None else other)
     pairs = iter(other.values() if isinstance(other, dict) else other)
 
     def joined(value: Any) -> Any:
         second = next(pairs)
-        return torch.cat([value, second]) if isinstance(value, Tensor) and value.dim() else value
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        return torch.cat([value, second.to(value.device)])
 
     return mapped(joined, example_input)
 
@@ -181,6 +242,22 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
 def device_of(model: nn.Module) -> torch.device:
     """Where its first parameter is; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+@contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Draw the same random numbers in every such block, and leave those outside of it alone.
+
+    >>> with seeded(nn.Identity()):
+    ...     one = torch.rand(1)
+    >>> with seeded(nn.Identity()):
+    ...     print(torch.rand(1) == one)
+    tensor([True])
+    """
+    device = device_of(model)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]

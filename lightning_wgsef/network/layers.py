@@ -21,8 +21,8 @@ _Norm = (
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+# The names under which modules hold every parameter, by its id.
 Homes = dict[int, list[str]]
-"""The names under which modules hold every parameter, by its id."""
 
 GROUPABLE = "Conv1d/2d/3d, ConvTranspose1d/2d/3d and Linear"
 

@@ -16,18 +16,18 @@ OPTYPE = torch_pruning.ops.OPTYPE
 
 HEAD = "grouping='head' groups attention"
 
+# Modules that are one operation for torch-pruning, and several for autograd.
 MODULE_OPERATIONS = (nn.MultiheadAttention, nn.RNNBase)
-"""Modules that are one operation for torch-pruning, and several for autograd."""
 
 _MIXING = re.compile(
     "Mm|Bmm|Mv|Dot|(?<!Upsample)(Linear|Bilinear)|ScaledDot|Attention|Convolution|Pixel|Shuffle|"
     "CopySlices|Fft"
 )
 
+# They move or mix what lies along an axis, and leave the other axes as they are.
 _ALONG_AXES = re.compile(
     "Flip|Roll|Cumsum|Cumprod|Softmax|LogSoftmax|Index|Gather|Sort|ConstantPad"
 )
-"""They move or mix what lies along an axis, and leave the other axes as they are."""
 
 
 class Watch:
@@ -55,10 +55,11 @@ class Watch:
                 if operation not in before and operation not in self.inside:
                     self.inside.add(operation)
                     waiting += [following for following, _ in operation.next_functions]
-        elif not any(True for _ in module.parameters()):
-            # Dropout and Identity hand on what another module made.
-            if all(returned.grad_fn is not x.grad_fn for x in tensors(given)):
-                self.activations.setdefault(returned.grad_fn, module)
+        elif next(module.parameters(), None) is None and all(
+            returned.grad_fn is not x.grad_fn
+            for x in tensors(given)  # Dropout and Identity hand on
+        ):
+            self.activations.setdefault(returned.grad_fn, module)
 
 
 def mixes_channels(node: Any) -> bool:

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+# For every scalar pairs of step and value.
 History = Mapping[str, Sequence[tuple[float, float]]]
-"""For every scalar pairs of step and value."""
 
 
 def plot_sparsity(source: str | os.PathLike[str] | History, prefix: str = "wgsef") -> Figure:

@@ -16,12 +16,13 @@ from torch.optim import Optimizer
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
 from lightning_wgsef.network.dependency_graph import Graph, build_graph
-from lightning_wgsef.network.equivalence import TOLERANCE, check_outputs, difference, layer_outputs
+from lightning_wgsef.network.equivalence import check_outputs, differing_layer
 from lightning_wgsef.network.example_input import (
+    accepted_variation,
     doubled,
     model_copy,
-    random_like,
     run_example,
+    seeded,
     tensors,
 )
 from lightning_wgsef.network.layers import canonical_name, unwrap
@@ -120,15 +121,16 @@ def slim(
     modes = {canonical_name(name): module.training for name, module in network.named_modules()}
     _apply(network, masks)
     network.eval()
-    work = _Slimmer(network, example_input)
-    before = model_copy(network)
-    work.run()
-    record = Slimming(
-        [*getattr(model, "slimming", Slimming()).plans, *work.plans],
-        work.kept,
-        (_count(before), _count(network)),
-        check_outputs(before, network, work.examples, work.training_example),
-    )
+    with seeded(network):
+        work = _Slimmer(network, example_input)
+        before = model_copy(network)
+        work.run()
+        record = Slimming(
+            [*getattr(model, "slimming", Slimming()).plans, *work.plans],
+            work.kept,
+            (_count(before), _count(network)),
+            check_outputs(before, network, work.examples, work.training_example),
+        )
     if inplace:
         _take_over(model, network, work.plans, optimizer)
         network = model
@@ -143,11 +145,10 @@ class _Slimmer:
 
     def __init__(self, network: nn.Module, example_input: Any) -> None:
         self.network = network
-        self.examples = [example_input, random_like(example_input)]
-        self.training_example = doubled(example_input)
+        self.examples = [example_input]
+        self.training_example: Any | None = None
         self.plans: list[RemovalPlan] = []
         self.kept: dict[str, str] = {}
-        self.constants: list[tuple[bool, Any]] = [(False, self.examples[1])]
         with torch.no_grad():
             returned = run_example(network, example_input)
             if not tensors(returned):
@@ -155,9 +156,17 @@ class _Slimmer:
                     f"model must return tensors, which can be compared, alone or in a tuple, dict "
                     f"or dataclass; {type(network).__name__} returns {type(returned).__name__}"
                 )
-            with contextlib.suppress(ValueError):  # some networks cannot train on an example
-                run_example(model_copy(network).train(), self.training_example)
-                self.constants.append((True, self.training_example))
+            other = accepted_variation(network, example_input)
+            self.examples += [] if other is None else [other]
+            self.constants = [(False, self.examples[-1])]
+            twin = model_copy(network).train()
+            # Some networks cannot train on an example; graphs and sorted lengths cannot be joined.
+            for example in (doubled(example_input, self.examples[-1]), *self.examples):
+                with contextlib.suppress(ValueError):
+                    run_example(twin, example)
+                    self.training_example = example
+                    self.constants.append((True, example))
+                    break
 
     def run(self) -> None:
         """Until nothing is left that can be taken out."""
@@ -234,8 +243,7 @@ class _Slimmer:
         example = self.examples[0]
         try:
             plan.apply(smaller)
-            expected = layer_outputs(self.network, example, plan)
-            name = difference(layer_outputs(smaller, example), expected, TOLERANCE)
+            name = differing_layer(self.network, smaller, example, plan)
         except ValueError as error:
             return f"the network does not run without its zero groups: {error.__cause__ or error}"
         return f"without its zero groups, {name} would differ" if name else ""

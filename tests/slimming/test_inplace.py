@@ -138,7 +138,7 @@ def test_a_wrong_plan_is_refused(monkeypatch):
     small = slim(network, IMAGE)  # the trial sees it, and leaves the filter
     assert small[0].out_channels == 8
     assert "differ" in small.slimming.kept["0"]
-    monkeypatch.setattr("lightning_wgsef.slimming.slim.difference", lambda *_: "")
+    monkeypatch.setattr("lightning_wgsef.slimming.slim.differing_layer", lambda *_: "")
     with raises_naming(
         "without its zero groups", "evaluation", "first layer", "Nothing was changed"
     ):
