@@ -7,6 +7,7 @@ works element by element. Hence the copy, and the `obstacle` of a set.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -279,7 +280,9 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
 
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
         try:
-            with observed({name: module for module, name in names.items()}, after=watch.note):
+            named = {name: module for module, name in names.items()}
+            with warnings.catch_warnings(), observed(named, after=watch.note):
+                warnings.filterwarnings("ignore", module="torch_pruning")
                 engine.build_dependency(
                     clone, list(arguments), run, unwrapped_parameters=list(inputs), verbose=False
                 )

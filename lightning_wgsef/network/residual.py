@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -28,7 +29,12 @@ def residual_blocks(model: nn.Module, example_input: Any) -> list[str]:
     modules = {canonical_name(name): module for name, module in twin.named_modules() if name}
 
     def record(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-        calls[name] = (inputs, named)
+        if name in calls:
+            return
+        try:  # a cache of keys and values is written to by the call, and longer in the next
+            calls[name] = copy.deepcopy((inputs, named))
+        except Exception:  # arguments may be anything
+            calls[name] = inputs, named
 
     around = {
         name: module
@@ -67,9 +73,13 @@ def _is_identity(block: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any
     before = [parameter.clone() for parameter in block.parameters()]
     for parameter in block.parameters():
         parameter.zero_()
-    output = block(*inputs, **named)
-    for parameter, value in zip(block.parameters(), before, strict=True):
-        parameter.copy_(value)
+    try:
+        output = block(*inputs, **named)
+    except Exception:  # a block of the user's that cannot run twice is none that can be left out
+        return False
+    finally:
+        for parameter, value in zip(block.parameters(), before, strict=True):
+            parameter.copy_(value)
     output = output[0] if isinstance(output, tuple) and output else output
     if given is None or not isinstance(output, Tensor):
         return False

@@ -75,7 +75,7 @@ class SlimAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         queries, keys, values = self._projected(query, key, value)
-        mask = self._mask(attn_mask, key_padding_mask, len(query), keys.shape[2], queries)
+        mask = self._mask(attn_mask, key_padding_mask, keys.shape[2], queries)
         if need_weights:
             looks = queries @ keys.transpose(2, 3) * self.head_dim**-0.5
             weights = (looks if mask is None else looks + mask).softmax(-1)
@@ -108,22 +108,22 @@ class SlimAttention(nn.MultiheadAttention):
             inputs, weights, biases, (None, self.bias_k, self.bias_v), strict=True
         ):
             projected = functional.linear(x, weight, own)
-            more = [] if extra is None else [extra.expand(len(x), 1, width)]
+            more = [] if extra is None else [extra.expand(x.shape[0], 1, width)]
             if self.add_zero_attn and len(found) > 0:
-                more.append(projected.new_zeros(len(x), 1, width))
+                more.append(projected.new_zeros(x.shape[0], 1, width))
             projected = torch.cat([projected, *more], 1)
-            heads = projected.view(len(x), -1, self.num_heads, self.head_dim)
+            heads = projected.view(*projected.shape[:2], self.num_heads, self.head_dim)
             found.append(heads.transpose(1, 2))
         return found
 
     def _mask(
-        self, mask: Tensor | None, padding: Tensor | None, batch: int, length: int, like: Tensor
+        self, mask: Tensor | None, padding: Tensor | None, length: int, like: Tensor
     ) -> Tensor | None:
         """Both masks as numbers to add, for as many keys as there are with the extra ones."""
         parts = []
         if mask is not None:
             if mask.dim() == 3:
-                mask = mask.view(batch, self.full_heads, *mask.shape[1:])[:, list(self.kept_heads)]
+                mask = mask.view(-1, self.full_heads, *mask.shape[1:])[:, list(self.kept_heads)]
             parts.append(mask)
         if padding is not None:
             parts.append(padding[:, None, None, :])

@@ -14,6 +14,7 @@ from lightning_wgsef.export import runtimes as export
 from lightning_wgsef.export.runtimes import export_onnx, export_program
 from lightning_wgsef.export.sparse_storage import to_sparse
 from lightning_wgsef.network.equivalence import relative_difference
+from lightning_wgsef.slimming.slim import slim
 from tests.helpers.groups import raises_naming
 
 NAN, INF = math.nan, math.inf
@@ -281,3 +282,46 @@ def test_differences_of_kind():
     assert relative_difference([one.double()], [one]) == INF
     assert relative_difference([torch.tensor([1, 3])], [torch.tensor([1, 2])]) == INF
     assert relative_difference([one, one * 0.9], [one, one]) == pytest.approx(0.1)
+
+
+class Attention(nn.Module):
+    def __init__(self, encoder):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder, self.out = encoder, nn.Linear(16, 3)
+
+    def forward(self, x):
+        y = self.encoder(x) if not isinstance(self.encoder, nn.MultiheadAttention) else None
+        y = self.encoder(x, x, x, need_weights=False)[0] if y is None else y
+        return self.out(y.mean(1))
+
+
+@every_format
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        nn.MultiheadAttention(16, 4, batch_first=True, add_bias_kv=True, add_zero_attn=True),
+        nn.TransformerEncoderLayer(16, 4, 24, dropout=0.0, batch_first=True),
+    ],
+    ids=["attention", "layer"],
+)
+def test_attention_without_some_heads_is_exported_at_any_batch_length(tmp_path, kind, encoder):
+    network = Attention(encoder).eval()
+    attention = getattr(encoder, "self_attn", encoder)
+    attention.out_proj.weight.data[:, 4:12] = 0
+    small = slim(network, torch.randn(2, 5, 16))
+    assert attention.num_heads == 4
+    assert getattr(small.encoder, "self_attn", small.encoder).num_heads == 2
+    path = tmp_path / "small.out"
+    EXPORTS[kind](small, path, torch.randn(2, 5, 16))
+    for batch in (1, 2, 7):
+        inputs = torch.randn(batch, 5, 16)
+        (found,) = outputs_of_one(path, kind, inputs)
+        assert relative_difference([found], [network(inputs).detach()]) < 1e-4
+
+
+def outputs_of_one(path, kind, inputs):
+    if kind == "program":
+        return [torch.export.load(path).module()(inputs).detach()]
+    session = importlib.import_module("onnxruntime").InferenceSession(str(path))
+    return [torch.from_numpy(x) for x in session.run(None, {"x": inputs.numpy()})]

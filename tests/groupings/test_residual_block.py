@@ -130,3 +130,34 @@ def test_what_is_missing_is_said():
         group_parameters(nn.Sequential(nn.Linear(2, 2)), "layer", example_input=torch.ones(1, 2))
     with pytest.raises(ValueError, match=r"example_input must be what Network takes.*\(1, 2\)"):
         group_parameters(Network(), "layer", example_input=torch.ones(1, 2))
+
+
+class Cached(nn.Module):
+    """Attention that writes its keys into a cache, whose length its mask must have."""
+
+    def __init__(self):
+        super().__init__()
+        self.keys, self.out = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, stream, mask, cache):
+        cache.append(self.keys(stream))
+        keys = torch.cat(cache, 1)
+        looks = (stream @ keys.transpose(1, 2) + mask).softmax(-1)
+        return stream + self.out(looks @ keys)
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Cached() for _ in range(3))
+
+    def forward(self, stream):
+        mask = torch.full((stream.shape[1],) * 2, -torch.inf).triu(1)
+        for block in self.blocks:
+            stream = block(stream, mask, [])
+        return stream
+
+
+def test_blocks_that_write_into_a_cache():
+    groups = group_parameters(Decoder(), "layer", 2, example_input=torch.randn(2, 6, 4))
+    assert groups.layers[0].count == 3
