@@ -16,15 +16,22 @@ from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_tr
 SCRIPT = Path(__file__).parents[1] / "scripts" / "ddp.py"
 
 
-def run(folder: Path, optimizer: str, end: str, *start: str) -> list[Any]:
-    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder), optimizer, end, *start]
-    root = str(SCRIPT.parents[2])
-    environment = {**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the script leaves."""
+    folder = tmp_path_factory.mktemp("ddp")
+    environment = {**os.environ, "PYTHONPATH": str(SCRIPT.parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(SCRIPT), str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return folder
+
+
+def outcomes(folder: Path, end: str) -> list[Any]:
     return [torch.load(folder / f"{end}.{rank}", weights_only=True) for rank in range(2)]
 
 
+@pytest.fixture(scope="module")
 def alone() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     module, callback = Module(sharded=False), make_callback()
     trainer = make_trainer([callback], enable_checkpointing=False)
@@ -33,9 +40,11 @@ def alone() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "zero"])
-def test_script_on_two_processes_does_what_one_does(tmp_path: Path, optimizer: str) -> None:
-    ranks = run(tmp_path, optimizer, "whole")
-    weights, masks = alone()
+def test_two_processes_of_a_script_do_what_one_does(
+    folder: Path, alone: Any, optimizer: str
+) -> None:
+    ranks = outcomes(folder, optimizer)
+    weights, masks = alone
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         "network.conv1": 2,
         "network.conv2": 2,
@@ -48,11 +57,12 @@ def test_script_on_two_processes_does_what_one_does(tmp_path: Path, optimizer: s
             assert torch.equal(rank["weights"][name] == 0, weight == 0), name
         for name, mask in masks.items():
             assert torch.equal(rank["masks"][name], mask), name
-    (written,) = (tmp_path / "logs" / "whole").glob("events*")  # by one of them
+    (written,) = (folder / "logs" / optimizer).glob("events*")  # by one of them
     assert b"_hparams_/session_start_info" in written.read_bytes()
-    if optimizer == "zero":  # its state has to be gathered; saved after the freeze
-        step = 15
-        path = str(tmp_path / f"whole.step={step}.ckpt")
-        for rank in run(tmp_path, optimizer, f"from{step}", path):
-            for name, weight in ranks[0]["weights"].items():
-                assert torch.equal(rank["weights"][name], weight), name
+
+
+def test_sharded_state_of_an_optimizer_is_gathered_and_resumed(folder: Path) -> None:
+    wanted = outcomes(folder, "zero")[0]["weights"]
+    for rank in outcomes(folder, "zero resumed"):
+        for name, weight in wanted.items():
+            assert torch.equal(rank["weights"][name], weight), name

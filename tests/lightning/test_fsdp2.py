@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
 from lightning_wgsef import load_slim
+from tests.helpers import processes
 from tests.scripts.fsdp2_lightning import (
     SAVED,
     Module,
@@ -35,7 +35,7 @@ def free_ports(count: int) -> list[int]:
 
 def run(folder: Path, count: int, tasks: list[dict[str, Any]]) -> dict[str, list[Any]]:
     arguments = (count, free_ports(len(tasks)), str(folder), tasks)
-    torch.multiprocessing.spawn(work, arguments, nprocs=count)
+    processes.run(work, arguments, count)
     ends = [task["end"] for task in tasks]
     return {
         end: [torch.load(folder / f"{end}.{rank}", weights_only=True) for rank in range(count)]

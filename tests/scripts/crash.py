@@ -1,13 +1,10 @@
 """A training that can be killed at any moment, and goes on from the last whole checkpoint.
 
-python -m tests.scripts.crash FOLDER
-
 Every step is noted in FOLDER/step; the final weights are FOLDER/final.pt.
 """
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from pathlib import Path
@@ -46,7 +43,7 @@ def last_whole(folder: Path) -> Path | None:
     return None
 
 
-def main(folder: Path) -> None:
+def train(rank: int, folder: Path) -> None:
     """Train to the end, from where an earlier process got."""
     warnings.filterwarnings("ignore")
     model = make_module()
@@ -56,7 +53,3 @@ def main(folder: Path) -> None:
     trainer.fit(model, loader(), ckpt_path=last_whole(folder), weights_only=True)
     torch.save(model.state_dict(), folder / "final.part")
     (folder / "final.part").rename(folder / "final.pt")
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -1,6 +1,8 @@
 """A script with strategy="ddp": Lightning starts the other process by running it again.
 
-python tests/scripts/ddp.py FOLDER OPTIMIZER START [CHECKPOINT]
+python tests/scripts/ddp.py FOLDER
+
+Three trainings, one after another, whose names are in ``TRAININGS``.
 """
 
 from __future__ import annotations
@@ -16,6 +18,16 @@ from pytorch_lightning.loggers import TensorBoardLogger
 from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_trainer
 
 
+RESUMED_FROM = 15
+"""A step after the freeze."""
+# Name of the outcome: optimizer, and the checkpoint from which it goes on.
+TRAININGS = {
+    "adam": ("adam", None),
+    "zero": ("zero", None),
+    "zero resumed": ("zero", f"zero.step={RESUMED_FROM}.ckpt"),
+}
+
+
 class WithOptimizer(Module):
     def __init__(self, optimizer: str) -> None:
         super().__init__(sharded=False)
@@ -29,14 +41,15 @@ class WithOptimizer(Module):
         return ZeroRedundancyOptimizer(self.parameters(), torch.optim.Adam, lr=1e-2)
 
 
-def main(folder: str, optimizer: str, end: str, start: str | None = None) -> None:
-    torch.set_num_threads(1)
+def train(folder: str, end: str) -> None:
+    optimizer, start = TRAININGS[end]
     module, callback = WithOptimizer(optimizer), make_callback(dashboard=True)
     logger = TensorBoardLogger(folder, name="logs", version=end)
     saver = ModelCheckpoint(folder, f"{end}.{{step}}", every_n_train_steps=5, save_top_k=-1)
     arguments = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
     trainer = make_trainer([callback, saver], logger=logger, log_every_n_steps=2, **arguments)
-    trainer.fit(module, Late(trainer), Late(trainer), ckpt_path=start, weights_only=True)
+    path = start and Path(folder) / start
+    trainer.fit(module, Late(trainer), Late(trainer), ckpt_path=path, weights_only=True)
     regularizer: Any = callback.regularizer
     outcome = {"weights": module.network.state_dict(), "masks": regularizer.masks}
     torch.save(outcome, Path(folder) / f"{end}.{trainer.global_rank}")
@@ -55,4 +68,6 @@ class Late(Shares):
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    torch.set_num_threads(1)
+    for name in TRAININGS:
+        train(sys.argv[1], name)

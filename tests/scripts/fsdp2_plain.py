@@ -23,7 +23,9 @@ from torch.distributed.tensor.parallel import (
 from lightning_wgsef import WGSEF, CubicRamp, HalfSpace, Homotopy
 from lightning_wgsef.network.sharding import unsharded_copy
 
-STEPS = 26
+STEPS = 18
+FREEZE = 12  # after this step
+HALF = 8  # of the steps: where a training is cut in two
 BATCH = 12  # which two, three and four processes share evenly
 EXAMPLE = torch.zeros(1, 3, 6, 6, dtype=torch.float64)
 
@@ -51,7 +53,7 @@ class Network(nn.Module):
         return self.fc2(torch.relu(self.fc1(images)))
 
 
-HOMOTOPY = {"lam": Homotopy(length=20)}
+HOMOTOPY = {"lam": Homotopy(length=FREEZE)}
 # What the regularizer is given, and how many sums over processes a step may take.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "rows": ({"grouping": "filter", **HOMOTOPY}, 1),
@@ -64,12 +66,12 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "global": ({"k": 150, "scope": "global", "costs": "params", **HOMOTOPY}, 1),
     "layer_norm": ({"weights": "layer_norm", **HOMOTOPY}, 1),
     "metric": ({"metric": "auto", **HOMOTOPY}, 1),
-    "constant": ({"lam": 3.0, "freeze": 20, "grouping": "filter"}, 1),
-    "ramp": ({"k": CubicRamp(2, length=10), "lam": 3.0, "freeze": 20}, 1),
+    "constant": ({"lam": 3.0, "freeze": FREEZE, "grouping": "filter"}, 1),
+    "ramp": ({"k": CubicRamp(2, length=6), "lam": 3.0, "freeze": FREEZE}, 1),
     # The sums of the metric, or of the half space, come on top of the norms.
     "group metric": ({"metric": "group", **HOMOTOPY}, 2),
-    "metric, constant": ({"metric": "auto", "lam": 0.1, "freeze": 20}, 12),
-    "half space": ({"lam": 1.0, "half_space": HalfSpace(0.0, start=5), "freeze": 20}, 3),
+    "metric, constant": ({"metric": "auto", "lam": 0.1, "freeze": FREEZE}, 12),
+    "half space": ({"lam": 1.0, "half_space": HalfSpace(0.0, start=5), "freeze": FREEZE}, 3),
 }
 
 
@@ -211,6 +213,6 @@ def resumed(rank: int, count: int, case: str, folder: str) -> None:
     network = Network()
     network.load_state_dict(first["weights"])
     share = rows(network, count)
-    found = train(network, CASES[case][0], range(13, STEPS), first["state"], share)
+    found = train(network, CASES[case][0], range(HALF, STEPS), first["state"], share)
     torch.save(found, Path(folder) / f"second.{count}.{rank}")
     leave(meeting, rank, count)

@@ -8,28 +8,26 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tests.helpers import processes
+from tests.scripts.crash import train
+
 CRASHES = int(os.environ.get("CRASHES", "2"))
 STEPS = 60
-ROOT = Path(__file__).resolve().parents[2]
 
 
-def start(folder: Path) -> subprocess.Popen[bytes]:
+def start(folder: Path) -> Any:
     folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "tests.scripts.crash", str(folder)]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    return processes.start(train, (folder,))
 
 
 def finish(folder: Path) -> dict[str, torch.Tensor]:
-    process = start(folder)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 0, error.decode()[-2000:]
+    assert start(folder).join(timeout=120)
     return torch.load(folder / "final.pt", weights_only=True)
 
 
@@ -37,15 +35,15 @@ def kill_at(folder: Path, step: int) -> int:
     """Kill a training once it has taken this step; returns the last step that it noted."""
     note = folder / "step"
     note.unlink(missing_ok=True)
-    process = start(folder)
+    (process,) = start(folder).processes
     deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
+    while process.is_alive() and time.monotonic() < deadline:
         if note.exists() and (text := note.read_text()) and int(text) >= step:
             break
         time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     assert not (folder / "final.pt").exists()
     return int(note.read_text() or 0)
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing
 
-from tests.scripts.fsdp2_plain import CASES, STEPS, Network, resumed, train, work
+from tests.helpers import processes
+from tests.scripts.fsdp2_plain import CASES, HALF, STEPS, Network, resumed, train, work
 
 # Placements with three or more processes, or along other axes, with one case of every kind.
 FEWER = ("columns", "tiles", "coupled", "global", "metric")
@@ -22,7 +22,7 @@ ON_FOUR = [
 
 
 def run(count: int, tasks: list[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Any]:
-    torch.multiprocessing.spawn(work, (count, tasks, str(folder)), nprocs=count)
+    processes.run(work, (count, tasks, str(folder)), count)
     return {
         task: [torch.load(folder / f"{number}.{rank}", weights_only=True) for rank in range(count)]
         for number, task in enumerate(tasks)
@@ -78,11 +78,11 @@ def test_four_processes_end_like_one(on_four: Any, placement: str, case: str) ->
 def test_resumed_on_another_number_of_processes(tmp_path: Path) -> None:
     arguments = CASES["coupled"][0]
     network = Network()
-    first = train(network, arguments, range(13))
+    first = train(network, arguments, range(HALF))
     torch.save({name: first[name] for name in ("weights", "state")}, tmp_path / "first")
-    alone = train(network, arguments, range(13, STEPS), first["state"])
+    alone = train(network, arguments, range(HALF, STEPS), first["state"])
     count = 3
-    torch.multiprocessing.spawn(resumed, (count, "coupled", str(tmp_path)), nprocs=count)
+    processes.run(resumed, (count, "coupled", str(tmp_path)), count)
     for rank in range(count):
         found = torch.load(tmp_path / f"second.{count}.{rank}", weights_only=True)
         assert found["frozen"]
