@@ -1,7 +1,6 @@
 # `make demo` and `make test` set up everything they need on a fresh machine.
 PYTHON ?= python3
 BIN := .venv/bin
-DATA ?= data/fashion-mnist
 # Of the benchmark: fashion-mnist/, cifar-10-batches-bin/ and cifar-100-binary/ lie there.
 SETS ?= data
 # One thread a process: two test processes with two threads each fight for two cores.
@@ -10,25 +9,39 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: demo test lint check docs bench crash fuzz browser lenet bench-cpu oto-environment clean
+.PHONY: help demo test lint check docs dist bench crash fuzz browser bench-cpu oto-environment clean
+
+help:  ## What can be made.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: .venv/installed  ## Train on real digits, end with a sparse network (under two minutes).
 	$(BIN)/python -m examples.quickstart
 
 test: lint check  ## Everything that must pass.
 
-lint: .venv/installed
+lint: .venv/installed  ## Style, layout, contracts of imports, types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/mypy
 
-check: .venv/installed
+check: .venv/installed  ## All tests with their coverage.
 	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
 
 docs: .venv/installed  ## A site of README, guides and reference in site/; no broken link or name.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file examples/guides/mkdocs.yml
 	@echo "site/index.html; with its search: $(BIN)/python -m http.server --directory site"
+
+dist: .venv/installed  ## Wheel and sdist in dist/, and the demo with the wheel alone.
+	rm -rf dist .venv-dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(PYTHON) -m venv .venv-dist
+	tar -xzf dist/*.tar.gz -C .venv-dist
+	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		"$$(echo dist/*.whl)[examples]"
+	cd .venv-dist/lightning_wgsef-*/ && rm -r lightning_wgsef && ../bin/python -m examples.quickstart
+	.venv-dist/bin/lightning-wgsef --help > .venv-dist/help.txt
 
 # BENCH="-k elements": only some of them, and the table goes to .benchmarks/.
 bench: .venv/installed  ## Ratios to floors measured in the same run: tests/benchmarks/results.
@@ -52,9 +65,6 @@ browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the 
 	mkdir -p examples/results/dashboard
 	PICTURES=examples/results/dashboard $(BIN)/python -m pytest tests/lightning/test_browser.py --no-cov
 
-lenet: .venv/installed  ## LeNet-5 on Fashion-MNIST; DATA=folder of the four files.
-	$(TRAIN_ENVIRONMENT) $(BIN)/python -m examples.lenet --data-dir $(DATA)
-
 bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, about nine hours. Restartable.
 	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark \
 		--suite cpu --data-dir $(SETS)
@@ -64,8 +74,8 @@ bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, about nine hours. Resta
 
 oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependency of the others.
 
-clean:
-	rm -rf .venv .venv-oto .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+clean:  ## Environments and caches away.
+	rm -rf .venv .venv-dist .venv-oto dist .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,6 @@ from pytorch_lightning.loggers import TensorBoardLogger
 
 from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_trainer
 
-
 RESUMED_FROM = 15
 """A step after the freeze."""
 # Name of the outcome: optimizer, and the checkpoint from which it goes on.
