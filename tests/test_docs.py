@@ -15,13 +15,14 @@ import lightning_wgsef
 from lightning_wgsef.cli.commands import main
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "lightning_wgsef"
 GUIDES = ROOT / "examples" / "guides"
 RUN = [ROOT / "README.md", *sorted(GUIDES.glob("*.md"))]
 READ = [
     *RUN,
     ROOT / "CONTRIBUTING.md",
     ROOT / "CHANGELOG.md",
-    ROOT / "lightning_wgsef" / "README.md",
+    PACKAGE / "README.md",
     ROOT / "examples" / "README.md",
     *sorted((ROOT / "examples" / "results").rglob("*.md")),
 ]
@@ -165,6 +166,16 @@ def test_commands_in_the_text_exist(document: Path) -> None:
 @pytest.mark.parametrize("document", READ, ids=title)
 def test_links_lead_somewhere(document: Path) -> None:
     assert broken_links(document) == []
+
+
+@pytest.mark.parametrize("document", [ROOT / "CONTRIBUTING.md", PACKAGE / "README.md"], ids=title)
+def test_files_that_are_named_exist(document: Path) -> None:
+    named = set(re.findall(r"`(\w+(?:/\w+)+)(?:\.py|/)?`", document.read_text("utf-8")))
+    assert len(named) >= 2
+    candidates = {
+        name: [r / f"{name}{e}" for r in (PACKAGE, ROOT) for e in ("", ".py")] for name in named
+    }
+    assert [name for name, paths in candidates.items() if not any(p.exists() for p in paths)] == []
 
 
 def test_links_that_lead_nowhere_are_found(tmp_path: Path) -> None:

@@ -13,15 +13,21 @@ import griffe
 
 import lightning_wgsef
 
-PUBLIC = "|".join(lightning_wgsef.__all__)
+# Where the reference has what a docstring names.
+PLACES = {name: f"lightning_wgsef.{name}" for name in lightning_wgsef.__all__}
+PLACES["PruningOptions"] = "lightning_wgsef.training.options.PruningOptions"
 
 
 def as_markdown(text: str) -> str:
     """Rewrite a docstring."""
     text = re.sub(r":math:`([^`]+)`", lambda x: f"${' '.join(x[1].split())}$", text)
     text = re.sub(r"^( *)\.\. math::(.*(?:\n\1 +\S.*)*)", _displayed, text, flags=re.MULTILINE)
-    text = re.sub(rf"(?<![`\[])`({PUBLIC})`(?!`)", r"[`\1`][lightning_wgsef.\1]", text)
+    text = re.sub(r"(?<![`\[])`(\w+)`(?!`)", _linked, text)
     return re.sub(r"^>>> (?:.+\n?)+", _session, text, flags=re.MULTILINE)
+
+
+def _linked(found: re.Match[str]) -> str:
+    return f"[{found[0]}][{PLACES[found[1]]}]" if found[1] in PLACES else found[0]
 
 
 def _displayed(found: re.Match[str]) -> str:
