@@ -14,6 +14,7 @@ from typing import Any
 
 from math_core import LatexToMathML
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[3]
 PAGES = (
@@ -21,7 +22,7 @@ PAGES = (
     "LICENSE",
     "lightning_wgsef/README.md",
     "examples/*.md",
-    "examples/*.py",
+    "examples/**/*.py",
     "examples/guides/*.md",
     "examples/results/**/*.md",
     "examples/results/**/*.png",
@@ -43,6 +44,20 @@ def on_files(files: Files, config: Any) -> Files:
         for path in names
     ]
     return Files([*kept, *pages])
+
+
+def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
+    """Let links to folders lead to their README, or nowhere: a site has no folders."""
+
+    def led(found: re.Match[str]) -> str:
+        folder = (ROOT / page.file.src_uri).parent / found[2]
+        if not found[2] or not folder.is_dir():
+            return found[0]
+        return (
+            f"[{found[1]}]({found[2]}/README.md)" if (folder / "README.md").exists() else found[1]
+        )
+
+    return re.sub(r"\[([^]]+)\]\(([\w./]*)\)", led, markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
