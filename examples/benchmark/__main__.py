@@ -51,7 +51,7 @@ def main() -> int:
             print(path)
     else:
         until = time.time() + 60 * options.minutes
-        folders = Folders(options.data_dir, records, work)
+        folders = Folders(options.data_dir, records, work, folder / "weights")
         try:
             done = run_suite(part, folders, options.device, options.workers, until)
         except OSError as error:

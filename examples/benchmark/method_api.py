@@ -94,9 +94,10 @@ def counted(dense: Groups, arguments: dict[str, Any]) -> Count:
     return count
 
 
-def by_filter(situation: Situation) -> dict[str, Any]:
+def by_filter(situation: Situation, **more: Any) -> dict[str, Any]:
     """Arguments of `group_parameters` for a method that ties nothing."""
-    return {"grouping": "filter", "k": situation.task.k, "exclude": situation.task.exclude}
+    task = situation.task
+    return {"grouping": "filter", "k": task.k, "exclude": task.exclude, **more}
 
 
 def filters(situation: Situation, network: nn.Module) -> dict[str, tuple[nn.Module, int]]:

@@ -15,7 +15,7 @@ import pytorch_lightning as pl
 
 from examples.benchmark.baselines.classical import AdaHSPG, GradualMagnitude, smaller_network
 from examples.benchmark.baselines.lightning_pruning import magnitude_once
-from examples.benchmark.baselines.pat import pat_lasso, pat_min_sparsity
+from examples.benchmark.baselines.pat import pat_global, pat_lasso, pat_min_sparsity
 from examples.benchmark.baselines.torch_pruning import TorchPruning
 from examples.benchmark.method_api import Pruning, Situation
 from examples.benchmark.suite import Task
@@ -152,6 +152,7 @@ METHODS: dict[str, Method] = {
         "lam", LASSO, lambda s, x: _callback(AdaHSPG(x, **s.groups(freeze=s.task.freeze)))
     ),
     "PAT, minimum sparsity": Method("warm-up", (0.0, 0.1, 0.25), pat_min_sparsity),
+    "PAT, global": Method("warm-up", (0.0, 0.1, 0.25), pat_global),
     "PAT, group lasso": Method("lam", LASSO, pat_lasso),
     "Torch-Pruning": Method("reg", (1e-4, 1e-3, 1e-2), lambda s, x: TorchPruning(s, x).pruning()),
     "HESSO": Method("start", (0.0, 0.1, 0.25), _hesso),

@@ -16,10 +16,11 @@ REFERENCE = "homotopy, structure, layer"
 
 def runs_of(records: Iterable[Record], task: Task, method: str) -> list[Record]:
     """The runs that count of a method on a task, by seed."""
+    trained = task.of(method)
     found = [
         record
         for record in records
-        if not record["trial"] and record["method"] == method and _same_task(record, task)
+        if not record["trial"] and record["method"] == method and _same_task(record, trained)
     ]
     return sorted(found, key=lambda record: (record["value"], record["seed"]))
 
@@ -46,9 +47,12 @@ def origin(suite: Suite, records: list[Record], command: str) -> list[str]:
 def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task: Task) -> list[str]:
     found = {method: runs_of(records, task, method) for method in task.methods(suite)}
     reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
-    done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds)]
+    done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds_for(method))]
     ranked = sorted(done, key=lambda method: -_mean(found[method], "test_accuracy"))
     lines = [f"{described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
+    if suite.seeds_of:
+        own = "; ".join(f"{method} {len(suite.seeds_for(method))}" for method in suite.seeds_of)
+        lines[0] += f" Seeds of others: {own}."
     if ranked:
         lines += table(
             [
@@ -62,11 +66,39 @@ def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task:
             [_accuracy_row(method, found[method], reference) for method in ranked],
         )
         lines += ["", *_cost_lines(ranked, found, latencies)]
+    lines += _off_size(task, {method: found[method] for method in ranked})
+    lines += _anchors(suite)
     missing = [method for method in found if method not in done]
     if missing:
         lines += ["", f"Not run (all seeds): {'; '.join(missing)}."]
     lines += [f"\nLeft out: {method}: {reason}." for method, reason in task.skip.items()]
     return lines
+
+
+def _off_size(task: Task, found: dict[str, list[Record]]) -> list[str]:
+    """Which methods left other operations than they should, by more than 2 % of them."""
+    if task.operations is None:
+        return []
+    left = {method: _left(runs) for method, runs in found.items() if method != "dense"}
+    off = {
+        method: share for method, share in left.items() if abs(share / task.operations - 1) > 0.02
+    }
+    if not off:
+        return []
+    listed = "; ".join(f"{method} {share:.1%}" for method, share in off.items())
+    return ["", f"Of other sizes, by more than 2 %: {listed}."]
+
+
+def _left(runs: list[Record]) -> float:
+    return statistics.mean(run["flops"][1] / run["flops"][0] for run in runs)
+
+
+def _anchors(suite: Suite) -> list[str]:
+    if not suite.anchors:
+        return []
+    rows = [[name, *cells] for name, cells in suite.anchors.items()]
+    header = ["from papers", "test accuracy", "FLOPs left", "training"]
+    return ["", *table(header, rows)]
 
 
 def _cost_lines(
@@ -103,7 +135,7 @@ def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record])
 
 def _cost_row(method: str, runs: list[Record], latencies: Latencies) -> list[str]:
     parameters = statistics.mean(run["parameters"][1] / run["parameters"][0] for run in runs)
-    flops = statistics.mean(run["flops"][1] / run["flops"][0] for run in runs)
+    flops = _left(runs)
     slim = statistics.mean(run["slim_test_accuracy"] - run["test_accuracy"] for run in runs)
     measured = [latencies[run["name"]] for run in runs if run["name"] in latencies]
     medians = [
@@ -141,9 +173,12 @@ def described(task: Task) -> str:
     network = f"{task.network} ({made})" if made else task.network
     share = task.share_of_epoch
     images = "" if share == 1 else f" of {share:.0%} of the training images"
+    start = ""
+    if task.pretrained is not None:
+        start = f" from dense networks of {task.pretrained['epochs']} epochs"
     fixed = "half" if task.freeze == 0.5 else f"{task.freeze:.0%}"
     return (
-        f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs{images}, the mask "
+        f"{network} on {task.data}, {task.budget()}, {task.epochs} epochs{images}{start}, the mask "
         f"fixed after {fixed} of them, {task.optimizer} from {task.lr:g}"
     )
 

@@ -12,13 +12,15 @@ import time
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from examples.benchmark.callbacks import Checkpoint, Clock, CosineRate, Watch, accuracy, total_steps
@@ -29,8 +31,10 @@ from examples.benchmark.records import Record, set_aside
 from examples.benchmark.registry import DATA, NETWORKS
 from examples.benchmark.suite import Run
 from examples.data.modules import InMemory
+from examples.sizes import budget_for_operations
 from examples.training import Classifier
 from lightning_wgsef import group_parameters, network_report, slim
+from lightning_wgsef.utils.files import atomic_write
 
 PLAIN_STEPS = 30
 PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao", "only-train-once")
@@ -62,7 +66,9 @@ def plain_optimizer(network: nn.Module, run: Run, lr: float) -> torch.optim.Opti
     return kind(network.parameters(), lr, weight_decay=decay)
 
 
-def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
+def execute(
+    run: Run, data_dir: Path, work: Path, device: str, weights: Path | None = None
+) -> Record:
     """Train once, from where an earlier process got; the record of the run.
 
     Args:
@@ -70,6 +76,7 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
         data_dir: folder of the data sets.
         work: folder for the checkpoint; removed at the end.
         device: "cpu" or "cuda".
+        weights: file of the dense network that the run starts from, or that it leaves.
     """
     warnings.filterwarnings("ignore")
     for name in ("pytorch_lightning", "lightning", "lightning_fabric", "lightning.pytorch"):
@@ -81,10 +88,13 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
     data.prepare_data()
     data.setup()
     dense = NETWORKS[run.task.network](**run.task.arguments)
+    if run.task.pretrained is not None:
+        assert weights is not None, "a run that starts from a dense network"
+        dense.load_state_dict(load_file(weights))
     if device == "cuda":
         dense = dense.to(memory_format=torch.channels_last)
     example = torch.zeros(2, *data.image_shape)
-    situation = Situation(run.task, dense, example)
+    situation = sized(Situation(run.task, dense, example), run)
     pruning = METHODS[run.method].make(situation, run.value)
     network = dense if pruning.network is None else pruning.network
     original = copy.deepcopy(dense)
@@ -97,9 +107,14 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
     callbacks = [CosineRate(model.lr), clock, *pruning.callbacks, watch, Checkpoint(checkpoint)]
     trainer = make_trainer(run, callbacks, device, max_epochs=run.task.epochs)
     trainer.fit(model, data, ckpt_path=usable(checkpoint), weights_only=False)
+    if weights is not None and run.method == "dense":
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(weights) as temporary:
+            save_file(model.cpu().network.state_dict(), temporary)
     record = {
         "name": run.name,
         **asdict(run),
+        **({} if run.task.operations is None else {"k": situation.task.k}),
         "budget": float(groups.budgets.sum()),
         "seconds": round(sum(clock.seconds), 1),
         "step_ratios": clock.ratios,
@@ -112,6 +127,32 @@ def execute(run: Run, data_dir: Path, work: Path, device: str) -> Record:
     }
     shutil.rmtree(work)
     return record
+
+
+def sized(situation: Situation, run: Run) -> Situation:
+    """The situation with the k that leaves the task's share of the operations to this method.
+
+    A method that cannot leave as little, because it ties nothing, keeps the share of its groups
+    that tied ones would keep.
+    """
+    task = situation.task
+    if task.operations is None:
+        return situation
+    with_k = partial(replace, situation)
+    pruning = METHODS[run.method].make(with_k(task=replace(task, k=1.0)), run.value)
+
+    def k(groups: dict[str, Any]) -> int | dict[str, int]:
+        arguments = {name: value for name, value in groups.items() if name != "k"}
+        example = arguments.pop("example_input", situation.example)
+        return budget_for_operations(situation.network, task.operations, example, **arguments)
+
+    tied = situation.groups()
+    try:
+        found: Any = k(pruning.groups or tied)
+    except ValueError:
+        kept = group_parameters(situation.network, **{**tied, "k": k(tied)})
+        found = float(kept.budgets.sum()) / len(kept)
+    return with_k(task=replace(task, k=found))
 
 
 def installed(packages: Iterable[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record, Records
-from examples.benchmark.suite import Run, Suite, Task
+from examples.benchmark.suite import WITHOUT_BUDGET, Run, Suite, Task
 
 NO_SPACE = 28
 """Exit status of a run that found the disk full."""
@@ -31,11 +31,17 @@ class Folders:
         data: the data sets.
         records: of finished runs.
         work: checkpoints of runs that are under way, and why others failed.
+        weights: of dense networks that others start from.
     """
 
     data: Path
     records: Records
     work: Path
+    weights: Path
+
+    def weights_of(self, run: Run) -> Path:
+        """Where a dense network is kept, if the run is finished."""
+        return self.weights / f"{run.name}.safetensors"
 
     def record(self, run: Run) -> Record | None:
         """Of a run, if it is finished."""
@@ -44,9 +50,10 @@ class Folders:
 
 def trials(suite: Suite, task: Task, method: str) -> list[Run]:
     """The runs that tune a method: one for each of its values."""
-    if suite.values is not None:
+    fixed = method in suite.fixed or (task.pretrained is not None and method in WITHOUT_BUDGET)
+    if suite.values is not None or fixed:
         return []
-    shorter = task.shorter(suite.trial_share)
+    shorter = task.of(method).shorter(suite.trial_share)
     values = METHODS[method].tried(task)
     return [Run(shorter, method, value, suite.trial_seed, trial=True) for value in values]
 
@@ -54,6 +61,8 @@ def trials(suite: Suite, task: Task, method: str) -> list[Run]:
 def best_value(suite: Suite, task: Task, method: str, folders: Folders) -> float | None:
     """The value of the trial with the best validation accuracy; None while one is missing."""
     runs = trials(suite, task, method)
+    if not runs:
+        return suite.fixed.get(method, 1.0)
     found = {run.value: record for run in runs if (record := folders.record(run)) is not None}
     if len(found) < len(runs):
         return None
@@ -64,21 +73,24 @@ def finals(suite: Suite, task: Task, method: str, folders: Folders) -> list[Run]
     """The runs that count; empty while the method is not tuned."""
     if suite.values is not None:
         pairs = [(value, seed) for value in suite.values[method] for seed in suite.seeds]
-        return [Run(task, method, value, seed, trial=False) for value, seed in pairs]
+        return [Run(task.of(method), method, value, seed, trial=False) for value, seed in pairs]
     value = best_value(suite, task, method, folders)
     if value is None:
         return []
-    return [Run(task, method, value, seed, trial=False) for seed in suite.seeds]
+    seeds = suite.seeds_for(method)
+    return [Run(task.of(method), method, value, seed, trial=False) for seed in seeds]
 
 
 def waiting(suite: Suite, folders: Folders) -> Iterator[Run]:
-    """Runs without a record whose turn it is."""
+    """Runs without a record whose turn it is; the dense networks that others start from first."""
     for task in suite.tasks:
         for method in task.methods(suite):
             runs = trials(suite, task, method) + finals(suite, task, method, folders)
             for run in runs:
                 if folders.record(run) is None:
-                    yield run
+                    before = run.pretraining
+                    there = before is None or folders.weights_of(before).exists()
+                    yield run if there else before
 
 
 def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: float) -> bool:
@@ -137,8 +149,11 @@ def _work(run: Run, folders: Folders, device: str) -> None:
     reason = folders.work / f"{run.name}.failed"
     reason.unlink(missing_ok=True)
     try:
-        record = execute(run, folders.data, folders.work / run.name, device)
-        folders.records.append(record)
+        before = run.pretraining
+        weights = folders.weights_of(run if before is None else before)
+        record = execute(run, folders.data, folders.work / run.name, device, weights)
+        if folders.record(run) is None:  # or only the weights were missing
+            folders.records.append(record)
     except BaseException as error:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             sys.exit(NO_SPACE)
@@ -160,7 +175,7 @@ def _epochs(suite: Suite) -> int:
         for method in task.methods(suite):
             total += sum(run.task.epochs for run in trials(suite, task, method))
             times = 1 if suite.values is None else len(suite.values[method])
-            total += task.epochs * len(suite.seeds) * times
+            total += task.of(method).epochs * len(suite.seeds_for(method)) * times
     return total
 
 

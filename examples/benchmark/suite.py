@@ -19,7 +19,7 @@ from jsonargparse import ArgumentParser
 
 SUITES = Path(__file__).parent / "suites"
 WITHOUT_BUDGET = ("dense",)
-YOUNGER = ("freeze",)
+YOUNGER = ("freeze", "operations", "pretrained")
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,12 @@ class Task:
         network: a name in `examples.benchmark.registry`.
         arguments: what the network is made with.
         data: a name in `examples.benchmark.registry`.
-        k: share of the groups that stay; or for patterns of layers, how many of theirs.
         epochs: in total, what is fine-tuned included.
+        k: share of the groups that stay; or for patterns of layers, how many of theirs. Or else:
+        operations: share of the operations that the slim network keeps; every method has the k
+            that leaves it.
+        pretrained: settings of the training of the dense network, ``epochs`` among them, from which
+            the others start. "small from scratch" trains like this, for all of the epochs.
         structure: the grouping that ties what is removed together, by name or by patterns.
         exclude: patterns of layers that no method groups.
         optimizer: "sgd" (momentum 0.9), "adam" or "adamw".
@@ -48,8 +52,10 @@ class Task:
     name: str
     network: str
     data: str
-    k: int | float | dict[str, int | float]
     epochs: int
+    k: int | float | dict[str, int | float] | None = None
+    operations: float | None = None
+    pretrained: dict[str, Any] | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
     structure: str | dict[str, str] = "structure"
     exclude: str | list[str] | None = None
@@ -74,7 +80,17 @@ class Task:
                 del found[entry.name]
         if method in WITHOUT_BUDGET:
             found |= {"k": 0, "structure": "", "exclude": ""}
+            found.pop("operations", None)
         return found
+
+    def of(self, method: str) -> Task:
+        """As a method trains on it: the dense network and the small one are not pretrained."""
+        if self.pretrained is None or method not in (*WITHOUT_BUDGET, "small from scratch"):
+            return self
+        own = dict(self.pretrained)
+        if method not in WITHOUT_BUDGET:
+            own["epochs"] += self.epochs
+        return replace(self, **own, pretrained=None)
 
     def shorter(self, share: float) -> Task:
         """The same with about that share of the epochs, the mask fixed between two of them."""
@@ -84,6 +100,8 @@ class Task:
 
     def budget(self) -> str:
         """In words."""
+        if self.operations is not None:
+            return f"{self.operations:.0%} of the operations"
         if isinstance(self.k, dict):
             return ", ".join(f"{k:g} groups of {name}" for name, k in self.k.items())
         return f"{self.k:.0%} of the groups"
@@ -112,6 +130,13 @@ class Run:
     trial: bool
 
     @property
+    def pretraining(self) -> Run | None:
+        """The run that it starts from."""
+        if self.task.pretrained is None:
+            return None
+        return Run(self.task.of("dense"), "dense", 1.0, self.seed, trial=False)
+
+    @property
     def name(self) -> str:
         """What its record is called; other settings have other names."""
         content = {**asdict(self), "task": self.task.settings(self.method)}
@@ -136,6 +161,9 @@ class Suite:
         trial_share: their epochs, as a share of a run's.
         values: for every method the values that are run, all of them and on every seed, where it is
             about how much they matter; nothing is tuned then.
+        fixed: for some of the methods the value that they have without trials.
+        seeds_of: for some of the methods their own seeds.
+        anchors: from papers, for their names test accuracy, share of the operations, training.
     """
 
     name: str
@@ -145,6 +173,14 @@ class Suite:
     trial_seed: int = 100
     trial_share: float = 0.5
     values: dict[str, list[float]] | None = None
+    fixed: dict[str, float] = field(default_factory=dict)
+    seeds_of: dict[str, list[int]] = field(default_factory=dict)
+    anchors: dict[str, list[str]] = field(default_factory=dict)
+
+    def seeds_for(self, method: str) -> list[int]:
+        """Of the runs of a method that count."""
+        own = self.seeds_of.get(method, self.seeds)
+        return [seed for seed in own if seed in self.seeds]
 
     def only(
         self, tasks: Sequence[str] = (), methods: Sequence[str] = (), seeds: Sequence[int] = ()
@@ -204,12 +240,21 @@ def read_suite(name: str, known: Mapping[str, Iterable[str]]) -> Suite:
         _check_known("method", method, known["methods"])
     for method in content["methods"] if content.get("values") else ():
         _check_known("a method with values", method, content["values"])
+    for method in (*content.get("fixed", ()), *content.get("seeds_of", ())):
+        _check_known("method", method, known["methods"])
     suite = Suite(path.stem, (), **_parsed(Suite, content, str(path), {"name", "tasks"}))
     for name, own in tasks.items():
         settings = {**defaults, **(own or {})}
         parsed = _parsed(Task, settings, f"{path}: task {name!r}", {"name"})
         for key in ("network", "data"):
             _check_known(key, settings[key], known[key])
+        if (parsed["k"] is None) == (parsed["operations"] is None):
+            raise ValueError(f"{path}: task {name!r} must have one of 'k' and 'operations'")
+        if parsed["pretrained"] is not None:
+            where, own = f"{path}: task {name!r}: pretrained", settings["pretrained"]
+            _parsed(Task, {**settings, **own}, where, {"name"})
+            if "epochs" not in own:
+                raise ValueError(f"{where} must have 'epochs', got {own}")
         suite = replace(suite, tasks=(*suite.tasks, Task(name, **parsed)))
     return suite
 

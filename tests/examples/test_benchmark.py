@@ -44,6 +44,7 @@ KINDS = (
     "HSPG",
     "AdaHSPG+",
     "PAT, minimum sparsity",
+    "PAT, global",
     "PAT, group lasso",
     "Torch-Pruning",
     "homotopy, structure, layer",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from torchao.prototype.pat.optim import PruneOptimizer
 
 from examples.benchmark.callbacks import total_steps
 from examples.benchmark.method_api import Pruning, Situation, by_filter, count_rows, filters
+from lightning_wgsef import group_parameters
 from lightning_wgsef.training.schedules import in_steps
 
 
@@ -76,7 +78,32 @@ def pat_lasso(situation: Situation, lam: float) -> Pruning:
     return pruning
 
 
-def _pat(situation: Situation, settings: Any, lam: float, warm_up: float) -> Pruning:
+def pat_global(situation: Situation, warm_up: float) -> Pruning:
+    """PAT of torchao with one hard budget for the filters of all layers.
+
+    They are ranked by the root mean square of their weights, and a layer may lose all of them.
+
+    Args:
+        situation: network, task and example.
+        warm_up: share of training before it begins.
+    """
+    arguments = by_filter(situation, scope="global")
+    groups = group_parameters(situation.network, **arguments)
+    share = (len(groups) - float(groups.budgets.sum())) / len(groups)
+    settings = {
+        "prox_type": "GlobalMinSparsityConstraint",
+        "min_sparsity": max(share - 1e-9, 0.0),  # it takes the ceiling
+        "min_sparsity_schedule": True,
+    }
+    every = replace(situation, task=replace(situation.task, k=1.0))
+    pruning = _pat(every, lambda *_: settings, 0.0, warm_up, joint=True)
+    pruning.groups = arguments
+    return pruning
+
+
+def _pat(
+    situation: Situation, settings: Any, lam: float, warm_up: float, joint: bool = False
+) -> Pruning:
     def wrap(optimizer: Optimizer, network: nn.Module, steps: int) -> Optimizer:
         layers = filters(situation, network)
         pruned = {id(layer.weight) for layer, _ in layers.values()}
@@ -84,9 +111,11 @@ def _pat(situation: Situation, settings: Any, lam: float, warm_up: float) -> Pru
         shared = {key: value for key, value in own.items() if key != "params"}
         rest = [parameter for parameter in own["params"] if id(parameter) not in pruned]
         groups = [{**shared, "params": rest}]
-        for layer, kept in layers.values():
-            group = {"group_type": "Dim0Grouper", **settings(layer, kept)}
-            groups.append({**shared, **group, "params": [layer.weight]})
+        pieces = [([layer.weight], settings(layer, kept)) for layer, kept in layers.values()]
+        if joint:
+            pieces = [([weight for (weight,), _ in pieces], pieces[0][1])]
+        for weights, own in pieces:
+            groups.append({**shared, "group_type": "Dim0Grouper", **own, "params": weights})
         base = type(optimizer)(groups)
         return AfterClosure(
             base,
