@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from bisect import bisect_left
+from functools import cache
 from typing import Any
 
 import torch
@@ -60,6 +61,7 @@ def budget_for_operations(
             f"*{name}": kept[name] for name in sorted(kept, key=lambda name: (-len(name), name))
         }
 
+    @cache
     def left(more: int) -> float:
         small = slim(_pruned(network, k=budget(more), **arguments), example_input)
         return layer_flops(small, example_input)[1] / dense
