@@ -19,7 +19,7 @@ from examples.benchmark.baselines.pat import pat_global, pat_lasso, pat_min_spar
 from examples.benchmark.baselines.torch_pruning import TorchPruning
 from examples.benchmark.method_api import Pruning, Situation
 from examples.benchmark.suite import Task
-from lightning_wgsef import GroupLasso, HalfSpace, Homotopy, WGSEFCallback
+from lightning_wgsef import Constant, GroupLasso, HalfSpace, Homotopy, WGSEFCallback
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _homotopy(situation: Situation, start: float) -> dict[str, Any]:
 
 
 def _constant(situation: Situation, lam: float, **arguments: Any) -> dict[str, Any]:
-    return {"lam": lam, "freeze": situation.task.freeze, **arguments}
+    return {"lam": Constant(lam), "freeze": situation.task.freeze, **arguments}
 
 
 def _half_space(situation: Situation, epsilon: float) -> HalfSpace:

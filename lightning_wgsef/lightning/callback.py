@@ -90,7 +90,9 @@ class WGSEFCallback(Callback):
     Args:
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
             mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
-        lam: a number (the paper's constant), or a schedule; None: `Homotopy`.
+        lam: how hard groups compete: a number, with which the paper's step starts and from which it
+            rises until the budget is reached; None: chosen by the length of training; or a
+            schedule, such as `Homotopy`, or `Constant`, the paper's step all the way.
         grouping: a name ("channel", "filter", "structure", "head", "hidden", "layer", "2:4",
             "block:16x16", "element", ...), a function from a module to `Groups`, or a mapping from
             patterns of layer names to these.

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
 
-from lightning_wgsef.training.schedules import Schedule, check_length, in_steps
+from lightning_wgsef.training.half_space import HalfSpace
+from lightning_wgsef.training.schedules import (
+    CubicRamp,
+    Homotopy,
+    Schedule,
+    check_length,
+    in_steps,
+)
 
 # Converged: for so many checks in a row the same groups were alive, with a sparsity gap of at most
 # this share of the value in every layer.
@@ -90,3 +97,51 @@ def check_freeze(freeze: object) -> None:
             "freeze must be 'converged', a number of steps (int), a share of training (float in "
             f"(0, 1]) or None, got {freeze!r}"
         )
+
+
+def check_order(
+    freeze: str | int | float | None,
+    schedule: Schedule,
+    ramp: CubicRamp | None,
+    half_space: HalfSpace | None,
+    total_steps: int | None = None,
+) -> None:
+    """Raise `ValueError` where the mask would be fixed before what leads up to it has ended.
+
+    Numbers of steps can be compared with shares of training once ``total_steps`` is known.
+
+    >>> check_order(0.2, Homotopy(length=0.5), None, None)  # doctest: +ELLIPSIS
+    Traceback (most recent call last):
+    ...
+    ValueError: freeze=0.2 fixes the mask before Homotopy(length=0.5) has ended: groups would be...
+    """
+    if freeze is None:
+        return
+    end = freeze
+    named = f"freeze={freeze}"
+    if freeze == "converged" and isinstance(schedule, Homotopy):
+        end, named = schedule.end, f"the end of Homotopy(length={schedule.end})"
+    if isinstance(end, str):
+        return
+    for way in (schedule, ramp):
+        length = way.end if isinstance(way, Homotopy) else getattr(way, "length", None)
+        name = f"{type(way).__name__}(length={length})"
+        if length is not None and _after(length, end, total_steps):
+            raise ValueError(
+                f"{named} fixes the mask before {name} has ended: groups would be cut in the "
+                f"middle of the way. Leave one of the two out, or take freeze >= {length}"
+            )
+    if half_space is not None and not _after(end, half_space.start, total_steps, unknown=True):
+        raise ValueError(
+            f"{named} fixes the mask before half_space=HalfSpace(start={half_space.start}) begins: "
+            f"it would never act. Take start < {end}"
+        )
+
+
+def _after(one: int | float, other: int | float, total: int | None, unknown: bool = False) -> bool:
+    """Return whether ``one`` is later than ``other``; ``unknown`` where that cannot be said yet."""
+    if isinstance(one, Integral) != isinstance(other, Integral):
+        if total is None:
+            return unknown
+        return in_steps("length", one, total) > in_steps("length", other, total)
+    return one > other

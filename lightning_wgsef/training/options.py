@@ -16,7 +16,7 @@ from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
-from lightning_wgsef.training.freezing import check_freeze
+from lightning_wgsef.training.freezing import check_freeze, check_order
 from lightning_wgsef.training.half_space import HalfSpace, as_half_space
 from lightning_wgsef.training.proximal_step import check_step
 from lightning_wgsef.training.schedules import CubicRamp, Schedule, as_schedule, resolve_debias
@@ -103,7 +103,7 @@ class Settings:
         TypeError: an option that is none.
 
     >>> Settings(lam=0.1, metric="auto").schedule
-    Constant(lam=0.1)
+    Homotopy(start=None, length=None, lam=0.1)
     >>> Settings(metrik="auto")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
@@ -131,8 +131,10 @@ class Settings:
         if options["masks"] is not None:
             self.grouping["k"] = 1.0  # what is alive then is the budget
         check_freeze(options["freeze"])
-        self.schedule = as_schedule(lam)
-        self.debias = resolve_debias(options["debias"], self.schedule)
         self.penalty = Envelope() if options["penalty"] is None else options["penalty"]
+        has_budget = isinstance(self.penalty, Envelope)
+        self.schedule = as_schedule(lam, options["freeze"], has_budget)
+        self.debias = resolve_debias(options["debias"], self.schedule)
         check_step(options["metric"], self.penalty, self.schedule, self.debias, options["scope"])
         self.half_space = as_half_space(options["half_space"])
+        check_order(options["freeze"], self.schedule, self.ramp, self.half_space)

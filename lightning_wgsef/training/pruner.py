@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import check_state, pruner_state, restore
-from lightning_wgsef.training.freezing import FreezeRule
+from lightning_wgsef.training.freezing import FreezeRule, check_order
 from lightning_wgsef.training.half_space import HalfSpace, inside_half_space
 from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments
 from lightning_wgsef.training.proximal_step import ProximalStep
@@ -71,6 +71,7 @@ class Pruner:
         self.budgets()
         if half_space is not None:
             self._half_space_from = in_steps("start", half_space.start, self.total_steps)
+        check_order(self.freeze_rule.freeze, step.schedule, ramp, half_space, self.total_steps)
         self.freeze_rule.due(self.taken)
 
     @property
@@ -86,11 +87,9 @@ class Pruner:
     def budgets(self) -> Tensor:
         """Return the budgets of the next step, shape (S,)."""
         groups = self.groups
-        if self._ramp is None:
-            return groups.budgets
-        left = self._ramp.left(self.taken, self.total_steps)
-        budgets = groups.budgets + (groups.totals - groups.budgets) * left
-        return budgets if groups.costs is not None else budgets.ceil()
+        ramp = self._ramp or self.step.schedule
+        left = ramp.left(self.taken, self.total_steps)
+        return groups.budgets + (groups.totals - groups.budgets) * left if left else groups.budgets
 
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""

@@ -37,8 +37,10 @@ class WGSEF:
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
             mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
             Ignored with ``masks``.
-        lam: a number (the paper's constant :math:`\lambda`, step size learning rate times lam), or
-            a schedule. The default `Homotopy` reaches the budget exactly, without a jump.
+        lam: how strongly groups compete: a number, the paper's :math:`\lambda`, with which a
+            `Homotopy` starts (step size learning rate times lam); None, chosen by the length of
+            training; or a schedule. All but `Constant` and `Warmup` arrive at the budget by
+            themselves, without a jump.
         grouping: what a group is, see `group_parameters`.
         total_steps: how many steps training lasts; needed where a schedule or ``freeze`` is a
             share of training.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from examples.models.resnet import ResNet18
-from lightning_wgsef import WGSEF
+from lightning_wgsef import WGSEF, Constant
 from tests.benchmarks.measure import Rounds
 
 METRICS = ("auto", "group", "identity")
@@ -28,7 +28,7 @@ class Trained:
         self.scales = [1e-3 * torch.randn_like(p).exp() for p in self.parameters]
         self.optimizer = torch.optim.Adam(self.parameters, lr=1e-3)
         self.regularizer = WGSEF(
-            self.model, k=0.25, lam=1e-2, grouping=kind, metric=metric, freeze=None
+            self.model, k=0.25, lam=Constant(1e-2), grouping=kind, metric=metric, freeze=None
         ).attach(self.optimizer)
         self.regularizer.detach()  # its steps are taken by hand
         self.train()

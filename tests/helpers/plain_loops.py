@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wgsef import WGSEFCallback
+from lightning_wgsef.training.schedules import Schedule
 from tests.helpers.groups import batches, dense_network
 from tests.helpers.oracles import envelope as oracle
 from tests.helpers.trainers import make_trainer
@@ -21,11 +22,8 @@ K = 2
 LAM = 10.0
 
 
-class Recorded:
+class Recorded(Schedule):
     """A constant lam that remembers the learning rate of every proximal step, from ``first`` on."""
-
-    debias = 0.0
-    homotopy = False
 
     def __init__(self, lam: float = LAM, first: int = 0) -> None:
         self.lam = lam
@@ -36,9 +34,6 @@ class Recorded:
         assert taken == self.first + len(self.rates)
         self.rates.append(float(lr))
         return lr * self.lam
-
-    def steps(self, total: int | None) -> int:
-        return 0
 
 
 class Dense(pl.LightningModule):

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEFCallback
+from lightning_wgsef import Constant, WGSEFCallback
 from tests.helpers.plain_loops import (
     LAM,
     RATE,
@@ -64,7 +64,7 @@ def two_stages() -> nn.Sequential:
 
 def named() -> WGSEFCallback:
     """A layer that is frozen when training starts is grouped where it is named."""
-    return WGSEFCallback(k=K, lam=LAM, freeze=None, include=["net.2", "net.3"])
+    return WGSEFCallback(k=K, lam=Constant(LAM), freeze=None, include=["net.2", "net.3"])
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -93,7 +93,7 @@ def test_parameters_that_thaw_inside_the_optimizer() -> None:
 def test_frozen_parameters_are_left_out() -> None:
     model = Dense()
     model.net[3].requires_grad_(False)
-    callback = WGSEFCallback(k=K, lam=LAM, freeze=None)
+    callback = WGSEFCallback(k=K, lam=Constant(LAM), freeze=None)
     fit(model, 10, callback)
     groups = callback.regularizer.groups
     assert groups.left_out["net.3"] == "frozen: net.3.weight has no gradient"
@@ -119,7 +119,7 @@ def test_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
 
     def fit(freeze: int, **arguments: Any) -> tuple[Trainable, WGSEFCallback]:
         model = Trainable()
-        callback = WGSEFCallback(k=K, lam=LAM, freeze=freeze, include=["net.2", "net.3"])
+        callback = WGSEFCallback(k=K, lam=Constant(LAM), freeze=freeze, include=["net.2", "net.3"])
         both = [callback, Joining()] if first else [Joining(), callback]
         saver = pl.callbacks.ModelCheckpoint(
             tmp_path / str(freeze), "{epoch}", every_n_epochs=1, save_top_k=-1

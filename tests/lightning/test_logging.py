@@ -32,7 +32,7 @@ def test_curves_in_tensorboard(tmp_path: Any, name: str) -> None:
     frozen = [point.value for point in curves["wgsef/frozen"]]
     assert frozen == [0, 0, 0, 1, 1, 1, 1, 1]  # at step 20 of 40
     steps = [point.value for point in curves["wgsef/step"]]
-    assert steps[:3] == pytest.approx([1e-4 ** (1 - n / 20) for n in (5, 10, 15)])
+    assert steps[:3] == pytest.approx([0.5 ** (1 - n / 20) for n in (5, 10, 15)])
     assert curves["wgsef/gap"][0].value > 0
     assert curves["wgsef/gap"][-1].value == 0
     assert curves["wgsef/conv2/group_sparsity"][-1].value == pytest.approx(6 / 8)

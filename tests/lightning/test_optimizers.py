@@ -9,7 +9,7 @@ import torch
 from pytorch_lightning.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 
-from lightning_wgsef import WGSEFCallback
+from lightning_wgsef import Constant, WGSEFCallback
 from tests.helpers.groups import batches
 from tests.helpers.plain_loops import (
     LAM,
@@ -202,7 +202,7 @@ def test_manual_optimization(raw: bool) -> None:
             return optimizers(self.net)
 
     model = Manual()
-    callback = WGSEFCallback(k=K, lam=LAM, freeze=None)
+    callback = WGSEFCallback(k=K, lam=Constant(LAM), freeze=None)
     trainer = make_trainer([callback], max_epochs=1)
     trainer.fit(model, data(7))
     assert [part.taken for part in callback.regularizer.pruners] == [7, 4]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_wgsef import WGSEFCallback
+from lightning_wgsef import Constant, WGSEFCallback
 from tests.helpers.groups import batches, dense_network
 from tests.helpers.plain_loops import (
     LAM,
@@ -78,7 +78,9 @@ def test_bfloat16_shrinkage_is_not_lost() -> None:
 
     model = Still()
     before = model.net[2].weight.detach().bfloat16().double()
-    callback = WGSEFCallback(k=5, lam=1.0, freeze=None, include="net.2")  # all fit: a pure ridge
+    callback = WGSEFCallback(
+        k=5, lam=Constant(1.0), freeze=None, include="net.2"
+    )  # all fit: a pure ridge
     trainer = make_trainer([callback], max_epochs=1, precision="bf16-true")
     trainer.fit(model, data(150, torch.float32))
     after = model.net[2].weight.detach()
@@ -138,7 +140,7 @@ def test_ddp_spawn_does_what_one_process_does(tmp_path: Path) -> None:
     def train(folder: Path, **arguments: Any) -> nn.Sequential:
         folder.mkdir()
         model = Joint(folder)
-        callback = WGSEFCallback(k=K, lam=LAM, freeze=6)
+        callback = WGSEFCallback(k=K, lam=Constant(LAM), freeze=6)
         trainer = make_trainer([callback], use_distributed_sampler=False, **arguments)
         trainer.fit(model)
         return model.net

@@ -12,7 +12,7 @@ from pytorch_lightning.callbacks import LearningRateFinder
 from pytorch_lightning.tuner import Tuner
 from torch import Tensor, nn
 
-from lightning_wgsef import Homotopy, WGSEFCallback
+from lightning_wgsef import Constant, Homotopy, WGSEFCallback
 from tests.helpers.plain_loops import (
     LAM,
     RATE,
@@ -138,7 +138,9 @@ def test_two_callbacks_do_what_one_does() -> None:
     fit(one, 10)
     for model, order in ((two, (2, 3)), (swapped, (3, 2))):
         parts = [
-            WGSEFCallback(k=K, lam=LAM, freeze=None, include=f"net.{layer}", name=f"of {layer}")
+            WGSEFCallback(
+                k=K, lam=Constant(LAM), freeze=None, include=f"net.{layer}", name=f"of {layer}"
+            )
             for layer in order
         ]
         make_trainer(parts, max_epochs=1).fit(model, data(10))

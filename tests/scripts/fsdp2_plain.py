@@ -20,7 +20,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from lightning_wgsef import WGSEF, CubicRamp, HalfSpace, Homotopy
+from lightning_wgsef import WGSEF, Constant, CubicRamp, HalfSpace, Homotopy
 from lightning_wgsef.network.sharding import unsharded_copy
 
 STEPS = 18
@@ -66,12 +66,15 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "global": ({"k": 150, "scope": "global", "costs": "params", **HOMOTOPY}, 1),
     "layer_norm": ({"weights": "layer_norm", **HOMOTOPY}, 1),
     "metric": ({"metric": "auto", **HOMOTOPY}, 1),
-    "constant": ({"lam": 3.0, "freeze": FREEZE, "grouping": "filter"}, 1),
-    "ramp": ({"k": CubicRamp(2, length=6), "lam": 3.0, "freeze": FREEZE}, 1),
+    "constant": ({"lam": Constant(3.0), "freeze": FREEZE, "grouping": "filter"}, 1),
+    "ramp": ({"k": CubicRamp(2, length=6), "lam": Constant(3.0), "freeze": FREEZE}, 1),
     # The sums of the metric, or of the half space, come on top of the norms.
     "group metric": ({"metric": "group", **HOMOTOPY}, 2),
-    "metric, constant": ({"metric": "auto", "lam": 0.1, "freeze": FREEZE}, 12),
-    "half space": ({"lam": 1.0, "half_space": HalfSpace(0.0, start=5), "freeze": FREEZE}, 3),
+    "metric, constant": ({"metric": "auto", "lam": Constant(0.1), "freeze": FREEZE}, 12),
+    "half space": (
+        {"lam": Constant(1.0), "half_space": HalfSpace(0.0, start=5), "freeze": FREEZE},
+        3,
+    ),
 }
 
 

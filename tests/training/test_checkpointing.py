@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import lightning_wgsef
-from lightning_wgsef import WGSEF, Homotopy, WGSEFCallback, group_parameters
+from lightning_wgsef import WGSEF, Constant, Homotopy, WGSEFCallback, group_parameters
 from lightning_wgsef.training import pruner
 from lightning_wgsef.training.masks import masks_from_checkpoint
 from tests.helpers.groups import PRUNED, batches, dense_network, lists, pruned, raises_naming
@@ -29,7 +29,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "homotopy": {"k": K, "lam": Homotopy(length=6)},
     "frozen": {"k": K, "lam": Homotopy(length=2)},
     "paper": {
-        "lam": 1.0,
+        "lam": Constant(1.0),
         "freeze": None,
         "metric": "auto",
         "weights": "layer_norm",

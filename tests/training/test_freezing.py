@@ -299,7 +299,7 @@ def test_dead_groups_stay_dead_after_the_freeze(make) -> None:
 def test_constant_lam_freezes_when_converged() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    regularizer = WGSEF(model, k=1, lam=0.5).attach(optimizer)
+    regularizer = WGSEF(model, k=1, lam=Constant(0.5)).attach(optimizer)
     train(model, optimizer, batches(200))
     assert not regularizer.frozen  # a first look and four at the same set are asked for
     train(model, optimizer, batches(400))
@@ -321,7 +321,7 @@ def test_convergence_keeps_the_budget(weights, arguments, alive) -> None:
     model = nn.Sequential(nn.Linear(2, len(weights)), nn.Linear(len(weights), 1, bias=False))
     model[1].weight.data.copy_(torch.tensor([weights]))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    regularizer = WGSEF(model, lam=0.1, include="1", **arguments).attach(optimizer)
+    regularizer = WGSEF(model, lam=Constant(0.1), include="1", **arguments).attach(optimizer)
     for _ in range(400):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -338,7 +338,9 @@ def test_groups_that_the_optimizer_moves_again_were_not_cut(lam: float) -> None:
         nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)
     )
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    regularizer = WGSEF(model, k=0.25, lam=lam, debias=1.0, total_steps=40).attach(optimizer)
+    regularizer = WGSEF(model, k=0.25, lam=Constant(lam), debias=1.0, total_steps=40).attach(
+        optimizer
+    )
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(40, 16, 8, generator=generator)
     targets = torch.stack([x[:, :4] * x[:, 4:] for x in inputs])
@@ -353,7 +355,7 @@ def test_groups_that_the_optimizer_moves_again_were_not_cut(lam: float) -> None:
 def test_a_cut_is_reported_with_advice_that_can_be_followed(penalty, advice: str) -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    arguments = {"k": 2, "lam": 1e-3, "penalty": penalty, "total_steps": 8}
+    arguments = {"k": 2, "lam": Constant(1e-3), "penalty": penalty, "total_steps": 8}
     WGSEF(model, **arguments).attach(optimizer)
     with pytest.warns(UserWarning, match="had not reached the budget by step 6") as caught:
         train(model, optimizer, batches(8))
@@ -364,7 +366,9 @@ def test_a_cut_is_reported_with_advice_that_can_be_followed(penalty, advice: str
 def test_freeze_at_a_given_step_projects_onto_the_budget() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    regularizer = WGSEF(model, k=2, lam=1e-6, freeze=0.5, total_steps=10).attach(optimizer)
+    regularizer = WGSEF(model, k=2, lam=Constant(1e-6), freeze=0.5, total_steps=10).attach(
+        optimizer
+    )
     train(model, optimizer, batches(4))
     assert not regularizer.frozen
     train(model, optimizer, batches(1))
@@ -384,7 +388,7 @@ def test_never_freezing() -> None:
 def test_debiased_constant_stops_at_the_projection() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    regularizer = WGSEF(model, k=2, lam=1e9, debias=1.0).attach(optimizer)
+    regularizer = WGSEF(model, k=2, lam=Constant(1e9), debias=1.0).attach(optimizer)
     kept = [weight.detach().norm(dim=0).topk(2).values for weight in columns(model)]
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -399,7 +403,7 @@ def test_debiased_constant_stops_at_the_projection() -> None:
 def test_collapse_is_reported_once_with_layer_and_lam() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
-    WGSEF(model, k=2, lam=5.0, include=["2"]).attach(optimizer)
+    WGSEF(model, k=2, lam=Constant(5.0), include=["2"]).attach(optimizer)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     with warnings.catch_warnings(record=True) as caught:
@@ -465,6 +469,7 @@ def test_a_resumed_run_keeps_its_budget_with_a_warning(k: int, warned: bool, ste
     regularizer = WGSEF(model, k=2, lam=Homotopy(length=10)).attach(optimizer)
     train(model, optimizer, batches(steps))
     other = dense_network()
+    other.load_state_dict(model.state_dict())
     resumed = WGSEF(other, k=k, lam=Homotopy(length=10))
     resumed.attach(torch.optim.SGD(other.parameters(), lr=0.01))
     with warnings.catch_warnings(record=True) as caught:
@@ -477,9 +482,15 @@ def test_a_resumed_run_keeps_its_budget_with_a_warning(k: int, warned: bool, ste
 
 def test_state_of_another_model_is_refused() -> None:
     model = dense_network()
-    state = WGSEF(model, lam=0.1).attach(torch.optim.SGD(model.parameters(), lr=0.1)).state_dict()
+    state = (
+        WGSEF(model, lam=Constant(0.1))
+        .attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        .state_dict()
+    )
     other = nn.Sequential(nn.Linear(4, 5), nn.Linear(5, 7))
-    regularizer = WGSEF(other, lam=0.1).attach(torch.optim.SGD(other.parameters(), lr=0.1))
+    regularizer = WGSEF(other, lam=Constant(0.1)).attach(
+        torch.optim.SGD(other.parameters(), lr=0.1)
+    )
     with pytest.raises(ValueError, match=r"saved state is of other groups.*'2': 5"):
         regularizer.load_state_dict(state)
 

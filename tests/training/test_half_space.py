@@ -7,6 +7,7 @@ import torch
 
 from lightning_wgsef import (
     WGSEF,
+    Constant,
     GroupLasso,
     HalfSpace,
     WGSEFCallback,
@@ -61,7 +62,7 @@ def test_the_loop_in_lockstep(epsilon, penalty, grouping):
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.2) for model in models]
     half = HalfSpace(epsilon, start=5)
     more = {"penalty": penalty, "half_space": half, "freeze": None}
-    WGSEF(models[0], 0.5, 0.2, grouping, **more).attach(optimizers[0])
+    WGSEF(models[0], 0.5, Constant(0.2), grouping, **more).attach(optimizers[0])
     groups, killed, revived = group_parameters(models[1], grouping, 0.5), 0, 0
     for number in range(20):
         before = {m.name: m.parameter.detach().clone() for m in groups.layout.members}
@@ -87,7 +88,7 @@ def test_the_loop_in_lockstep(epsilon, penalty, grouping):
 def run(steps, *, network=dense_network, states=(), **arguments):
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.2, momentum=0.5)
-    more = {"k": 3, "lam": 0.1, "freeze": None, **arguments}
+    more = {"k": 3, "lam": Constant(0.1), "freeze": None, **arguments}
     regularizer = WGSEF(model, **more).attach(optimizer)
     parts = model, optimizer, regularizer
     for part, state in zip(parts, states, strict=bool(states)):
@@ -168,7 +169,7 @@ def test_low_precision_projects_at_once(dtype):
     model = dense_network(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     half = HalfSpace(0.1, start=1)
-    WGSEF(model, 4, 1e-6, half_space=half, freeze=None).attach(optimizer)
+    WGSEF(model, 4, Constant(1e-6), half_space=half, freeze=None).attach(optimizer)
     for number in range(2):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -204,7 +205,7 @@ def test_half_spaces(make, given):
     number = isinstance(given, (int, float)) and not isinstance(given, bool)
     what = "epsilon must be a number in [0, 1)" if number else "half_space must be None"
     with raises_naming(what, repr(float(given)) if number else repr(given)):
-        make(lam=0.1, half_space=given)
+        make(lam=Constant(0.1), half_space=given)
 
 
 @pytest.mark.parametrize("start", [0, -1, 1.5, 0.0, "x", True, None])
@@ -215,7 +216,7 @@ def test_starts(start):
 
 def test_a_share_of_unknown_length():
     model = dense_network()
-    regularizer = WGSEF(model, 3, 0.1, half_space=0.1)
+    regularizer = WGSEF(model, 3, Constant(0.1), half_space=0.1)
     with raises_naming("start = 0.5 is a share of training"):
         regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 

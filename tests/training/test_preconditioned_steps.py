@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEF, Groups, Homotopy, group_parameters, prox_multipliers
+from lightning_wgsef import WGSEF, Constant, Groups, Homotopy, group_parameters, prox_multipliers
 from tests.helpers.oracles.preconditioned_training import (
     OPTIMIZERS,
     averaged,
@@ -119,7 +119,7 @@ def test_fully_debiased_nothing_fades_within_the_budget(name, metric, lam):
     """Envelope and ridge cancel there: whatever the size of the step, it changes nothing."""
     models = network(), network()
     first, second = (OPTIMIZERS[name](model.parameters()) for model in models)
-    WGSEF(models[0], 1.0, lam, metric=metric, debias=1.0, freeze=None).attach(first)
+    WGSEF(models[0], 1.0, Constant(lam), metric=metric, debias=1.0, freeze=None).attach(first)
     for batch in batches(10):
         train(models[0], first, batch)
         train(models[1], second, batch)
@@ -137,7 +137,7 @@ def test_where_d_is_1_it_is_the_identity(metric, debias, lam):
         torch.manual_seed(0)
         model = nn.Sequential(nn.Linear(2, 6), nn.Linear(6, 3)).double()
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=0.0)
-        WGSEF(model, 3, lam, metric=chosen, debias=debias).attach(optimizer)
+        WGSEF(model, 3, Constant(lam), metric=chosen, debias=debias).attach(optimizer)
         for _ in range(3):
             for parameter in model.parameters():
                 parameter.grad = torch.ones_like(parameter)
@@ -151,7 +151,9 @@ def test_half_debiased_steps_beyond_the_convex_ones_stay_finite(metric):
     """Behind a norm a bias has no gradient and D = eps, which no step is small for."""
     model = network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    regularizer = WGSEF(model, 0.4, 10.0, "filter", metric=metric, debias=0.5).attach(optimizer)
+    regularizer = WGSEF(model, 0.4, Constant(10.0), "filter", metric=metric, debias=0.5).attach(
+        optimizer
+    )
     for batch in batches(10):
         train(model, optimizer, batch)
     assert all(torch.isfinite(p).all() for p in model.parameters())
@@ -171,7 +173,7 @@ def restored(state):
 
 @every_optimizer
 @every_metric
-@pytest.mark.parametrize("lam", [0.1, Homotopy(length=14)], ids=["constant", "homotopy"])
+@pytest.mark.parametrize("lam", [Constant(0.1), Homotopy(length=14)], ids=["constant", "homotopy"])
 @pytest.mark.parametrize(("stop", "grouping"), [(1, "filter"), (7, "element"), (13, "channel")])
 def test_resume_is_bit_identical(name, metric, grouping, lam, stop):
     data = batches(18)
@@ -179,7 +181,11 @@ def test_resume_is_bit_identical(name, metric, grouping, lam, stop):
     def run(batches, *states):
         model = network()
         optimizer = OPTIMIZERS[name](model.parameters())
-        more = {"lam": lam, "metric": metric, "freeze": 16 if lam == 0.1 else "converged"}
+        more = {
+            "lam": lam,
+            "metric": metric,
+            "freeze": 16 if isinstance(lam, Constant) else "converged",
+        }
         if states:  # the weights first: what is measured of them comes from the state
             model.load_state_dict(states[0])
             optimizer.load_state_dict(states[1])
@@ -216,7 +222,7 @@ def pair(make=network, name="Adam", params=nn.Module.parameters, **more):
 def lockstep(models, optimizers, steps, lam, data=None, **arguments):
     """The differences after 1, 5, and all steps; and the groups that have died in the end."""
     ours, twin = models
-    regularizer = WGSEF(ours, lam=lam, freeze=None, **arguments).attach(optimizers[0])
+    regularizer = WGSEF(ours, lam=Constant(lam), freeze=None, **arguments).attach(optimizers[0])
     debias, by_group = arguments.get("debias", 0.0), arguments["metric"] == "group"
     more = {key: arguments[key] for key in ("k", "costs") if key in arguments}
     groups = group_parameters(twin, arguments["grouping"], **more)
@@ -276,7 +282,7 @@ def test_shares_are_found_to_a_millionth(name, grouping):
                 expected[-1][index[place]] = shares[place]
 
     optimizer.register_step_post_hook(before_the_step)
-    regularizer = WGSEF(model, 0.4, lam, grouping, metric="auto").attach(optimizer)
+    regularizer = WGSEF(model, 0.4, Constant(lam), grouping, metric="auto").attach(optimizer)
     for batch in batches(12):
         train(model, optimizer, batch)
         shares = regularizer.state_dict()["attachments"][0]["shares"]
@@ -351,8 +357,8 @@ def test_the_identity_is_the_default_and_knows_no_metric(name):
     models, optimizers = pair(name=name)
     third = network()
     last = OPTIMIZERS[name](third.parameters())
-    WGSEF(models[0], 0.4, 0.1).attach(optimizers[0])
-    WGSEF(models[1], 0.4, 0.1, metric="identity").attach(optimizers[1])
+    WGSEF(models[0], 0.4, Constant(0.1)).attach(optimizers[0])
+    WGSEF(models[1], 0.4, Constant(0.1), metric="identity").attach(optimizers[1])
     groups, lr = group_parameters(third, k=0.4), last.param_groups[0]["lr"]
     for batch in batches(20):
         for model, optimizer in zip((*models, third), (*optimizers, last), strict=True):
@@ -365,7 +371,7 @@ def test_the_identity_is_the_default_and_knows_no_metric(name):
 
 
 @pytest.mark.parametrize("metric", ["auto", "group"])
-@pytest.mark.parametrize("lam", [0.3, Homotopy(length=15)])
+@pytest.mark.parametrize("lam", [Constant(0.3), Homotopy(length=15)])
 def test_the_metric_of_plain_gradient_steps_is_the_identity(metric, lam):
     models, optimizers = pair(name="SGD")
     for model, optimizer, chosen in zip(models, optimizers, ("identity", metric), strict=True):
@@ -387,15 +393,15 @@ def test_an_unknown_optimizer_warns_once_and_trains_in_the_identity():
 
     models = network(), network()
     optimizers = [Halving(model.parameters()) for model in models]
-    first = WGSEF(models[0], 0.4, 0.3, metric="auto")
+    first = WGSEF(models[0], 0.4, Constant(0.3), metric="auto")
     with pytest.warns(UserWarning, match=r"Halving scales its .* not known.*register_") as seen:
         first.attach(optimizers[0])
     assert len(seen) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         third = network()
-        WGSEF(third, 0.4, 0.3, metric="group").attach(Halving(third.parameters()))
-        WGSEF(models[1], 0.4, 0.3).attach(optimizers[1])
+        WGSEF(third, 0.4, Constant(0.3), metric="group").attach(Halving(third.parameters()))
+        WGSEF(models[1], 0.4, Constant(0.3)).attach(optimizers[1])
         before = models[0].conv2.weight.detach().clone()
         for batch in batches(10):
             train(models[0], optimizers[0], batch)
@@ -411,7 +417,7 @@ def test_groups_that_stay_are_untouched_without_bias(metric, seed):
     torch.manual_seed(seed)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    arguments = {"k": 6, "lam": 10.0, "debias": 1.0, "metric": metric, "include": "1"}
+    arguments = {"k": 6, "lam": Constant(10.0), "debias": 1.0, "metric": metric, "include": "1"}
     regularizer = WGSEF(model, **arguments)
     weight, before, touched = model[1].weight, {}, []
     optimizer.register_step_post_hook(lambda *_: before.update(w=weight.detach().clone()))

@@ -1,6 +1,7 @@
 """A budget that falls with a cube: the formula, and gradual magnitude pruning."""
 
 import dataclasses
+import itertools
 import math
 from fractions import Fraction
 
@@ -11,9 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from examples.benchmark.baselines.classical import GradualMagnitude
-from lightning_wgsef import WGSEF, Constant, CubicRamp, Homotopy, Warmup, WGSEFCallback
+from lightning_wgsef import (
+    WGSEF,
+    Constant,
+    CubicRamp,
+    HalfSpace,
+    Homotopy,
+    Warmup,
+    WGSEFCallback,
+)
 from lightning_wgsef.training.freezing import check_freeze
-from lightning_wgsef.training.schedules import as_schedule, check_length, in_steps, resolve_debias
+from lightning_wgsef.training.schedules import (
+    Schedule,
+    as_schedule,
+    check_length,
+    in_steps,
+    resolve_debias,
+)
 from tests.helpers.groups import batches, dense_network, raises_naming, train
 from tests.helpers.networks.scope import CHANNELS, pictures
 from tests.helpers.networks.scope import loader as random_pictures
@@ -32,7 +47,7 @@ def ramp(least, total, taken, length):
 )
 @pytest.mark.parametrize("length", [10, 4, 0.5])
 def test_groups_left_after_every_step(k, least, length):
-    """Rounded up; a layer of 5 groups and one of 6."""
+    """As many as the budget has room for; a layer of 5 groups and one of 6."""
     model = dense_network()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     budget = CubicRamp(k, length)
@@ -40,11 +55,11 @@ def test_groups_left_after_every_step(k, least, length):
     (part,) = regularizer.pruners
     steps = length if isinstance(length, int) else 10
     for number, batch in enumerate(batches(12), start=1):
-        wanted = [
-            math.ceil(ramp(own, total, number, steps))
-            for own, total in zip(least, (5, 6), strict=True)
+        budgets = [
+            ramp(own, total, number, steps) for own, total in zip(least, (5, 6), strict=True)
         ]
-        assert part.budgets().tolist() == (wanted if number <= 11 else least)
+        wanted = [math.floor(budget) for budget in budgets]
+        assert part.budgets().tolist() == pytest.approx(budgets if number <= 11 else least)
         train(model, optimizer, [batch])
         alive = [int((model[i].weight.norm(dim=0) > 0).sum()) for i in (2, 3)]
         assert alive == wanted
@@ -116,7 +131,7 @@ def test_with_a_constant_lam_the_mask_is_that_of_the_last_budget():
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
     budget = CubicRamp(2, length=8)
-    regularizer = WGSEF(model, budget, lam=20.0, freeze=12).attach(optimizer)
+    regularizer = WGSEF(model, budget, lam=Constant(20.0), freeze=12).attach(optimizer)
     (part,) = regularizer.pruners
     train(model, optimizer, batches(11))
     assert part.budgets().tolist() == [2, 2]
@@ -173,7 +188,7 @@ def test_more_than_a_layer_has_and_shares_of_unknown_length():
     with raises_naming("k = 6", "5 groups of layer '2'"):
         WGSEF(dense_network(), CubicRamp(6))
     model = dense_network()
-    regularizer = WGSEF(model, CubicRamp(2), lam=0.1, freeze=None)
+    regularizer = WGSEF(model, CubicRamp(2), lam=Constant(0.1), freeze=None)
     with raises_naming("CubicRamp(length=...) = 0.5 is a share of training"):
         regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
@@ -257,6 +272,7 @@ def test_homotopy_is_geometric():
 
 def test_homotopy_defaults_to_half_of_training():
     schedule = Homotopy()
+    assert schedule.step_size(-1, 1000, lr=0.1) == 10 / 500
     assert schedule.steps(1000) == 500
     assert schedule.step_size(498, 1000, lr=0.1) < 1
     assert schedule.step_size(499, 1000, lr=0.1) == 1
@@ -269,6 +285,57 @@ def test_homotopy_does_not_look_at_the_learning_rate():
     sizes = {schedule.step_size(3, None, lr=lr) for lr in (0.0, 0.1, torch.tensor(5.0))}
     assert len(sizes) == 1
     assert isinstance(sizes.pop(), float)
+
+
+@given(lam=st.floats(0, 1e4), rate=st.floats(0, 1), length=lengths, total=st.integers(1, 10_000))
+def test_a_number_starts_as_the_papers_step_and_arrives(lam, rate, length, total):
+    """Whatever lam and the learning rate are: it rises, and from a fifth on no lam is behind."""
+    schedule = as_schedule(lam)
+    assert isinstance(schedule, Homotopy)
+    schedule = dataclasses.replace(schedule, length=length)
+    steps = schedule.steps(total)
+    natural = Homotopy(length=length)
+    sizes = [schedule.step_size(taken, total, lr=rate) for taken in range(-1, steps + 1)]
+    lowest = 1e-6 * min(1, 10 / steps)
+    assert sizes[0] == pytest.approx(min(max(rate * lam, lowest), 1), rel=1e-9)
+    assert np.all(np.diff(sizes) >= -1e-12)
+    assert sizes[-2:] == [1, 1]
+    for taken in range(math.ceil(0.2 * steps), steps):
+        least = natural.step_size(taken, total, lr=rate)
+        assert sizes[taken + 1] >= least * (1 - 1e-9)
+
+
+def test_a_larger_lam_is_never_behind_a_smaller_one():
+    curves = [
+        [Homotopy(lam=lam, length=50).step_size(i, None, lr=0.1) for i in range(50)]
+        for lam in (0, 1e-4, 1e-2, 1, 5, 1e3)
+    ]
+    for lower, higher in itertools.pairwise(curves):
+        assert all(a <= b for a, b in zip(lower, higher, strict=True))
+    assert curves[-1] == [1.0] * 50  # the projection from the first step
+
+
+def test_a_learning_rate_for_every_layer():
+    schedule = Homotopy(lam=2.0, length=20)
+    rates = torch.tensor([1e-5, 0.1, 10.0], dtype=torch.float64)
+    for taken in (0, 2, 9, 18, 19, 25):
+        sizes = torch.as_tensor(schedule.step_size(taken, None, lr=rates)).expand(3)
+        wanted = [schedule.step_size(taken, None, lr=rate) for rate in rates.tolist()]
+        assert sizes.tolist() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_the_budget_falls_and_arrives_a_tenth_before_the_end():
+    schedule = Homotopy(length=100)
+    left = [schedule.left(taken, None) for taken in range(-1, 100)]
+    wanted = [(1 - min(1, i / 90)) ** 3 for i in range(101)]
+    assert left == pytest.approx(wanted, abs=1e-15)
+    assert left[90:] == [0.0] * 11
+    assert Constant(0.1).left(0, 100) == Warmup(0.1).left(5, 100) == 0
+
+
+def test_a_start_and_a_lam():
+    with raises_naming("lam", "start", "0.1", "0.5", "leave one of them out"):
+        Homotopy(start=0.5, lam=0.1)
 
 
 @given(start=st.floats(1e-12, 1), length=lengths, total=st.integers(1, 1000))
@@ -299,7 +366,7 @@ def test_bad_lam(make, lam):
         make(lam)
 
 
-@pytest.mark.parametrize("start", [0, 0.0, -0.1, 1.5, 2, math.nan, math.inf, True, "1", None])
+@pytest.mark.parametrize("start", [0, 0.0, -0.1, 1.5, 2, math.nan, math.inf, True, "1"])
 def test_bad_start(start):
     with raises_naming("start must be a finite number, positive and at most 1", f"got {start!r}"):
         Homotopy(start)
@@ -309,8 +376,9 @@ def test_bad_start(start):
 def test_bad_lengths(length):
     with raises_naming(f"length {LENGTH}", f"got {length!r}"):
         Warmup(1.0, length)
-    with raises_naming(f"length {LENGTH}", f"got {length!r}"):
-        Homotopy(length=length)
+    if length is not None:
+        with raises_naming(f"length {LENGTH}", f"got {length!r}"):
+            Homotopy(length=length)
     with raises_naming(f"patience {LENGTH}", f"got {length!r}"):
         check_length("patience", length)
 
@@ -333,40 +401,104 @@ def test_schedules_do_not_change(schedule):
 
 def test_as_schedule():
     assert as_schedule(None) == Homotopy()
-    assert as_schedule(0) == Constant(0)
-    assert as_schedule(0.3) == Constant(0.3)
-    assert as_schedule(np.float64(0.3)) == Constant(0.3)
-    assert as_schedule(np.float32(0.5)) == as_schedule(Fraction(1, 2)) == Constant(0.5)
+    assert as_schedule(0) == Homotopy(lam=0.0)
+    assert as_schedule(0.3) == as_schedule(np.float64(0.3)) == Homotopy(lam=0.3)
+    assert as_schedule(np.float32(0.5)) == as_schedule(Fraction(1, 2)) == Homotopy(lam=0.5)
+    assert as_schedule(0.3, has_budget=False) == Constant(0.3)
     for schedule in (Constant(1.0), Warmup(0.1), Homotopy(length=7)):
         assert as_schedule(schedule) is schedule
 
 
-def test_a_schedule_of_ones_own():
-    class Mine:
-        debias = 0.0
-        homotopy = False
+@pytest.mark.parametrize("lam", [None, 0.1, Homotopy(1e-3)])
+def test_a_homotopy_ends_where_the_mask_is_to_be_fixed(lam):
+    assert as_schedule(lam).length is None
+    assert as_schedule(lam, 0.2).length == 0.2
+    assert as_schedule(lam, 30).length == 30
+    assert as_schedule(lam, None).length is None
+    assert as_schedule(Homotopy(length=7), 30).length == 7
 
+
+HALF = HalfSpace(0.0, start=0.5)
+CONTRADICTIONS = {
+    "freeze inside the homotopy": ({"lam": Homotopy(length=0.5), "freeze": 0.2}, "freeze=0.2"),
+    "in steps": ({"lam": Homotopy(length=50), "freeze": 20}, "Homotopy(length=50)"),
+    "steps and a share": ({"lam": Homotopy(length=50), "freeze": 0.2}, "Homotopy(length=50)"),
+    "inside the warm-up": ({"lam": Warmup(0.1, 0.4), "freeze": 0.2}, "Warmup(length=0.4)"),
+    "inside the ramp": ({"k": CubicRamp(0.5, 0.6), "freeze": 0.5}, "CubicRamp(length=0.6)"),
+    "homotopy inside the ramp": (
+        {"k": CubicRamp(0.5, 0.6), "lam": Homotopy(length=0.3)},
+        "the end of Homotopy(length=0.3)",
+    ),
+    "the default homotopy inside the ramp": (
+        {"k": CubicRamp(0.5, 0.6)},
+        "the end of Homotopy(length=0.5)",
+    ),
+    "constant inside the ramp": (
+        {"k": CubicRamp(0.5, 60), "lam": Constant(0.1), "freeze": 0.5},
+        "CubicRamp(length=60)",
+    ),
+    "half space after it": (
+        {"lam": Constant(0.1), "freeze": 0.5, "half_space": HALF},
+        "HalfSpace(start=0.5)",
+    ),
+    "half space after the homotopy": (
+        {"lam": Homotopy(length=40), "half_space": HALF},
+        "HalfSpace(start=0.5)",
+    ),
+}
+
+
+@pytest.mark.parametrize("given", CONTRADICTIONS)
+def test_what_contradicts_is_said_before_training(given):
+    arguments, words = CONTRADICTIONS[given]
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with raises_naming(words):
+        WGSEF(model, **arguments, total_steps=100).attach(optimizer)
+
+
+def test_what_does_not_contradict_is_taken():
+    model = dense_network()
+    for more in (
+        {"lam": Homotopy(length=0.3), "freeze": 0.5},
+        {"lam": Homotopy(length=30), "freeze": 0.5},
+        {"k": CubicRamp(0.5, 0.5)},
+        {"k": CubicRamp(0.5, 5)},
+        {"lam": Constant(0.1), "half_space": HALF, "freeze": 0.8},
+        {"lam": 0.1, "freeze": 0.2},
+        {"lam": 0.1, "freeze": None},
+    ):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        regularizer = WGSEF(model, **more, total_steps=100).attach(optimizer)
+        assert not regularizer.frozen
+        regularizer.detach()
+
+
+def test_a_schedule_of_ones_own():
+    class Mine(Schedule):
         def step_size(self, taken, total, lr):
             return 0.1
 
-        def steps(self, total):
-            return 0
-
     mine = Mine()
     assert as_schedule(mine) is mine
+    assert (mine.debias, mine.homotopy, mine.steps(10), mine.left(0, 10)) == (0, False, 0, 0)
 
 
 @pytest.mark.parametrize(
     "lam", ["0.1", [0.1], {}, object()], ids=["text", "list", "mapping", "object"]
 )
 def test_what_is_no_schedule(lam):
-    with raises_naming("lam must be a number or a schedule such as Homotopy()", f"got {lam!r}"):
+    with raises_naming(
+        "lam must be a number, None, or a schedule such as Homotopy()", f"got {lam!r}"
+    ):
         as_schedule(lam)
 
 
 @pytest.mark.parametrize("lam", [Homotopy, Constant])
 def test_a_schedule_without_its_parentheses(lam):
-    with raises_naming("lam must be a number or a schedule such as Homotopy()", lam.__name__):
+    with raises_naming(
+        "lam must be a number, None, or a schedule such as Homotopy()", lam.__name__
+    ):
         as_schedule(lam)
 
 
@@ -410,7 +542,7 @@ def test_bad_debias(debias, schedule):
 
 @pytest.mark.parametrize("debias", [0, 0.0, 0.5, 0.999])
 def test_a_homotopy_is_unbiased(debias):
-    with raises_naming("debias must be 1 (or None)", "Homotopy(start=0.0001", f"got {debias!r}"):
+    with raises_naming("debias must be 1 (or None)", "Homotopy(start=None", f"got {debias!r}"):
         resolve_debias(debias, Homotopy())
     assert resolve_debias(1, Homotopy()) == 1
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_wgsef import (
     WGSEF,
+    Constant,
     GroupLasso,
     Groups,
     Homotopy,
@@ -75,7 +76,14 @@ def pair(budget, prices, lam, **more):
     models = network(), network()
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.05) for model in models]
     costs = None if set(prices) == {1.0} else torch.tensor(prices)
-    regularizer = WGSEF(models[0], budget, lam, scope="global", costs=costs, **more)
+    regularizer = WGSEF(
+        models[0],
+        budget,
+        Constant(lam) if isinstance(lam, float) else lam,
+        scope="global",
+        costs=costs,
+        **more,
+    )
     return models, optimizers, regularizer.attach(optimizers[0])
 
 
@@ -116,7 +124,8 @@ def test_homotopy(budget, prices):
         train(ours, optimizers[0], [batch])
         train(twin, optimizers[1], [batch])
         others, first = strengths(twin, prices)
-        left = budget - prices[first].sum()
+        falling = budget + (prices.sum() - budget) * max(0, 1 - number / 13.5) ** 3
+        left = falling - prices[first].sum()
         if number < 15:
             exact = oracle.prox_multipliers(
                 others, 1e-2 ** (1 - number / 15), left, ones, prices, 1.0
@@ -285,7 +294,7 @@ def test_a_constant_lam_keeps_the_strongest_of_every_layer(lam, scales):
     model = pictures(scales)
     norms = channel_norms(model)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    regularizer = WGSEF(model, 3, lam, scope="global", freeze=None).attach(optimizer)
+    regularizer = WGSEF(model, 3, Constant(lam), scope="global", freeze=None).attach(optimizer)
     still(model, optimizer, 40)
     masks = regularizer.masks
     for name, own in norms.items():
@@ -297,14 +306,14 @@ def test_a_constant_lam_keeps_the_strongest_of_every_layer(lam, scales):
 def test_a_constant_lam_has_no_metric(metric):
     """The layers' weights are a metric already."""
     with raises_naming("metric", metric, "global"):
-        WGSEF(pictures(), 0.5, 0.1, metric=metric, scope="global")
+        WGSEF(pictures(), 0.5, Constant(0.1), metric=metric, scope="global")
     WGSEF(pictures(), 0.5, Homotopy(length=3), metric=metric, scope="global")
 
 
 def test_the_end_of_a_constant_lam():
     """Frozen at a given step: exactly the budget, a group of every layer."""
     model = pictures()
-    callback = WGSEFCallback(k=0.3, lam=1e-3, scope="global", freeze=0.5)
+    callback = WGSEFCallback(k=0.3, lam=Constant(1e-3), scope="global", freeze=0.5)
     make_trainer([callback], max_epochs=1).fit(model, loader())
     masks = callback.regularizer.masks
     assert sum(int(mask.sum()) for mask in masks.values()) == int(0.3 * 36 + 0.5)
@@ -436,7 +445,7 @@ def test_layers_in_two_optimizers():
     model = dense_network()
     first = torch.optim.SGD([*model[0].parameters(), *model[2].parameters()], lr=0.1)
     second = torch.optim.SGD(model[3].parameters(), lr=0.1)
-    regularizer = WGSEF(model, 0.5, 0.1, scope="global")
+    regularizer = WGSEF(model, 0.5, Constant(0.1), scope="global")
     with raises_naming("scope='global'", "one optimizer", "['2']"):
         regularizer.attach(first, second)
     both = torch.optim.SGD(model.parameters(), lr=0.1)

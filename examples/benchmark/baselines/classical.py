@@ -80,7 +80,6 @@ class GradualMagnitude(pl.Callback):
             if self.taken <= last or self.mask is None:
                 left = (1 - min(self.taken / last, 1)) ** 3
                 budgets = groups.budgets + (counts - groups.budgets) * left
-                budgets = budgets.ceil() if self.taken < last else groups.budgets
                 self.mask = prox_multipliers(
                     groups.norms(), 1.0, budgets, segments=groups.segments, debias=1.0
                 )
