@@ -1,9 +1,10 @@
-"""Run a suite, measure what it left, or make its tables and plots from the records.
+"""Run a suite, measure what it left, or make tables and plots from the records.
 
 python -m examples.benchmark --suite cpu --data-dir data
 python -m examples.benchmark --suite paper --task vgg16-cifar10-25 --method "homotopy*" --seed 0
 python -m examples.benchmark latencies --suite cpu
 python -m examples.benchmark report --suite cpu
+python -m examples.benchmark documents
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from examples.benchmark.documents import filled
 from examples.benchmark.latencies import measure_all, read_latencies
 from examples.benchmark.methods import METHODS
 from examples.benchmark.plots import draw, heat_maps
@@ -23,14 +25,23 @@ from examples.benchmark.scheduler import Folders, run_suite
 from examples.benchmark.suite import Suite, known_suites, read_suite
 
 RESULTS = Path(__file__).parent.parent / "results"
+# With tables that `documents` fills.
+DOCUMENTS = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
+KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
 
 
 def main() -> int:
     """The exit status: 0 when everything is finished."""
     options = _options()
-    known = {"network": NETWORKS, "data": DATA, "methods": METHODS}
     try:
-        suite = read_suite(options.suite, known)
+        if options.what == "documents":
+            for path in DOCUMENTS:
+                text = filled(path.read_text(encoding="utf-8"), options.results, read)
+                path.write_text(text, encoding="utf-8")
+            return 0
+        if options.suite is None:
+            raise ValueError(f"--suite must be one of {known_suites()}, or a YAML file")
+        suite = read(options.suite)
         part = suite.only(options.task, options.method, options.seed)
         if options.what == "run":
             for name in sorted({task.data for task in part.tasks}):
@@ -62,6 +73,11 @@ def main() -> int:
     return 0
 
 
+def read(name: str) -> Suite:
+    """The suite of that name, see `read_suite`."""
+    return read_suite(name, KNOWN)
+
+
 def write_report(suite: Suite, records: Records, folder: Path) -> list[Path]:
     """Write the tables and plots of a suite from its records; the files."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,8 +98,9 @@ def _options() -> argparse.Namespace:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("what", nargs="?", choices=("run", "latencies", "report"), default="run")
-    parser.add_argument("--suite", required=True, help=f"one of {known_suites()}, or a YAML file")
+    what = ("run", "latencies", "report", "documents")
+    parser.add_argument("what", nargs="?", choices=what, default="run")
+    parser.add_argument("--suite", help=f"one of {known_suites()}, or a YAML file")
     only = {"action": "append", "default": []}
     parser.add_argument("--task", help="run only this one, or those that fit a pattern", **only)
     parser.add_argument("--method", help="run only this one, or those that fit a pattern", **only)

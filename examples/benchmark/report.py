@@ -48,7 +48,7 @@ def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task:
     found = {method: runs_of(records, task, method) for method in task.methods(suite)}
     reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
     done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds_for(method))]
-    ranked = sorted(done, key=lambda method: -_mean(found[method], "test_accuracy"))
+    ranked = sorted(done, key=lambda method: -mean_of(found[method], "test_accuracy"))
     lines = [f"{described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
     if suite.seeds_of:
         own = "; ".join(f"{method} {len(suite.seeds_for(method))}" for method in suite.seeds_of)
@@ -79,9 +79,9 @@ def _off_size(task: Task, found: dict[str, list[Record]]) -> list[str]:
     """Which methods left other operations than they should, by more than 2 % of them."""
     if task.operations is None:
         return []
-    left = {method: _left(runs) for method, runs in found.items() if method != "dense"}
+    shares = {method: operations_left(runs) for method, runs in found.items() if method != "dense"}
     off = {
-        method: share for method, share in left.items() if abs(share / task.operations - 1) > 0.02
+        method: share for method, share in shares.items() if abs(share / task.operations - 1) > 0.02
     }
     if not off:
         return []
@@ -89,7 +89,8 @@ def _off_size(task: Task, found: dict[str, list[Record]]) -> list[str]:
     return ["", f"Of other sizes, by more than 2 %: {listed}."]
 
 
-def _left(runs: list[Record]) -> float:
+def operations_left(runs: list[Record]) -> float:
+    """The share of the operations that the slim networks keep, on average."""
     return statistics.mean(run["flops"][1] / run["flops"][0] for run in runs)
 
 
@@ -124,7 +125,7 @@ def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record])
         if run["seed"] in reference
     ]
     paired = "-" if not differences or method == REFERENCE else spread(differences, sign="+")
-    freeze = f"{_mean(runs, 'before_freeze'):.1f} → {_mean(runs, 'after_freeze'):.1f}"
+    freeze = f"{mean_of(runs, 'before_freeze'):.1f} → {mean_of(runs, 'after_freeze'):.1f}"
     alive = [sum(count for count, _ in run["alive"][-1].values()) for run in runs]
     mean = round(statistics.mean(alive), 1)
     budget = "-" if method == "dense" else f"{mean:g} of {runs[0]['budget']:g}"
@@ -135,7 +136,7 @@ def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record])
 
 def _cost_row(method: str, runs: list[Record], latencies: Latencies) -> list[str]:
     parameters = statistics.mean(run["parameters"][1] / run["parameters"][0] for run in runs)
-    flops = _left(runs)
+    flops = operations_left(runs)
     slim = statistics.mean(run["slim_test_accuracy"] - run["test_accuracy"] for run in runs)
     measured = [latencies[run["name"]] for run in runs if run["name"] in latencies]
     medians = [
@@ -158,7 +159,8 @@ def spread(values: Sequence[float], sign: str = "") -> str:
     return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
-def _mean(runs: Sequence[Record], key: str) -> float:
+def mean_of(runs: Sequence[Record], key: str) -> float:
+    """Of a number over runs."""
     return statistics.mean(run[key] for run in runs)
 
 

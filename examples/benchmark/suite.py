@@ -237,17 +237,17 @@ def read_suite(name: str, known: Mapping[str, Iterable[str]]) -> Suite:
         raise ValueError(f"{path} must have 'tasks' and 'methods'")
     defaults, tasks = content.pop("defaults", {}), content.pop("tasks")
     for method in content["methods"]:
-        _check_known("method", method, known["methods"])
+        check_known("method", method, known["methods"])
     for method in content["methods"] if content.get("values") else ():
-        _check_known("a method with values", method, content["values"])
+        check_known("a method with values", method, content["values"])
     for method in (*content.get("fixed", ()), *content.get("seeds_of", ())):
-        _check_known("method", method, known["methods"])
+        check_known("method", method, known["methods"])
     suite = Suite(path.stem, (), **_parsed(Suite, content, str(path), {"name", "tasks"}))
     for name, own in tasks.items():
         settings = {**defaults, **(own or {})}
         parsed = _parsed(Task, settings, f"{path}: task {name!r}", {"name"})
         for key in ("network", "data"):
-            _check_known(key, settings[key], known[key])
+            check_known(key, settings[key], known[key])
         if (parsed["k"] is None) == (parsed["operations"] is None):
             raise ValueError(f"{path}: task {name!r} must have one of 'k' and 'operations'")
         if parsed["pretrained"] is not None:
@@ -263,7 +263,7 @@ def _parsed(kind: type, settings: dict[str, Any], where: str, given: set[str]) -
     """What ``kind`` is made with besides ``given``, of the types that it declares."""
     names = {entry.name for entry in fields(kind)} - given
     for key in settings:
-        _check_known(f"{where}: a setting", key, names)
+        check_known(f"{where}: a setting", key, names)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(kind, skip=given)
     try:
@@ -272,7 +272,8 @@ def _parsed(kind: type, settings: dict[str, Any], where: str, given: set[str]) -
         raise ValueError(f"{where}: {error}") from error
 
 
-def _check_known(what: str, name: str, known: Iterable[str]) -> None:
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raise `ValueError` unless ``name`` is one of the known ones; the message lists them."""
     if name not in (names := sorted(known)):
         near = difflib.get_close_matches(str(name), names, 1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -283,5 +284,5 @@ def _matching(option: str, patterns: Sequence[str], names: Sequence[str]) -> lis
     """The names that one of the patterns is, or fits; all where there is none."""
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            _check_known(option, pattern, names)
+            check_known(option, pattern, names)
     return [name for name in names if not patterns or any(fnmatchcase(name, x) for x in patterns)]

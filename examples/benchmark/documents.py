@@ -1,0 +1,93 @@
+"""Tables of documents, filled from the records of suites.
+
+Above a table a comment says what its rows and columns are::
+
+    <!-- records: cpu
+    rows: {dense: dense, ours: "homotopy, structure, layer"}
+    columns: [[lenet-10, accuracy], [lenet-10, flops]]
+    -->
+    | | test accuracy | FLOPs left |
+    |---|---|---|
+    ..
+
+Rows are methods by what they are called there, columns a task and one of `CELLS`; the first two
+lines of the table stay as they are.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from examples.benchmark.latencies import BATCHES, Latencies, read_latencies
+from examples.benchmark.records import Record, Records
+from examples.benchmark.report import mean_of, operations_left, runs_of, spread
+from examples.benchmark.suite import Suite, check_known
+
+_TABLE = re.compile(
+    r"(?P<head><!-- records: (?P<suite>\S+)\s(?P<settings>.*?)-->\n\|[^\n]*\n\|[^\n]*\n)"
+    r"(?:\|[^\n]*\n)*",
+    re.DOTALL,
+)
+
+
+def _freeze(runs: list[Record], latencies: Latencies) -> str:
+    if runs[0]["method"] in ("dense", "small from scratch"):
+        return ""
+    return f"{mean_of(runs, 'before_freeze'):.1f} → {mean_of(runs, 'after_freeze'):.1f}"
+
+
+def _latency(runs: list[Record], latencies: Latencies) -> str:
+    ratios = [latencies[run["name"]][-1][0] for run in runs if run["name"] in latencies]
+    return f"{statistics.median(ratios):.2f}" if ratios else "not measured"
+
+
+CELLS: dict[str, Callable[[list[Record], Latencies], str]] = {
+    "accuracy": lambda runs, _: spread([run["test_accuracy"] for run in runs]),
+    "flops": lambda runs, _: f"{100 * operations_left(runs):.0f} %",
+    "freeze": _freeze,
+    f"latency at batch {BATCHES[-1]}": _latency,
+}
+
+
+def filled(text: str, results: Path, read: Callable[[str], Suite]) -> str:
+    """A document with the tables of its comments made anew.
+
+    Args:
+        text: of the document.
+        results: folder of the suites' results.
+        read: gives a suite by its name.
+
+    Raises:
+        ValueError: a comment names what is not there; the message lists what is.
+    """
+
+    def table(found: re.Match[str]) -> str:
+        suite = read(found["suite"])
+        rows = _rows(suite, results / suite.name, yaml.safe_load(found["settings"]))
+        lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+        return found["head"] + lines.replace("|  |", "| |")
+
+    return _TABLE.sub(table, text)
+
+
+def _rows(suite: Suite, folder: Path, settings: dict[str, Any]) -> list[list[str]]:
+    records, latencies = Records(folder / "records.jsonl").all(), read_latencies(folder)
+    tasks = {task.name: task for task in suite.tasks}
+    for task, cell in settings["columns"]:
+        check_known("a column's task", task, tasks)
+        check_known("a column's cell", cell, CELLS)
+    rows = []
+    for label, method in settings["rows"].items():
+        check_known("a row's method", method, suite.methods)
+        row = [label]
+        for task, cell in settings["columns"]:
+            runs = runs_of(records, tasks[task], method)
+            row.append(CELLS[cell](runs, latencies) if runs else "not run")
+        rows.append(row)
+    return rows
