@@ -4,7 +4,7 @@ BIN := .venv/bin
 # Of the benchmark: fashion-mnist/, cifar-10-batches-bin/ and cifar-100-binary/ lie there.
 SETS ?= data
 # One thread a process: two test processes with two threads each fight for two cores.
-TEST_ENVIRONMENT := OMP_NUM_THREADS=1
+TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 # Long training: keep large allocations in the heap instead of asking the kernel for each of them.
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
@@ -26,7 +26,7 @@ lint: .venv/installed  ## Style, layout, contracts of imports, types.
 	$(BIN)/mypy
 
 check: .venv/installed  ## All tests with their coverage.
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --cov --cov-report=term --cov-fail-under=95
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term --cov-fail-under=95
 
 docs: .venv/installed  ## A site of README, guides and reference in site/; no broken link or name.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file examples/guides/mkdocs.yml

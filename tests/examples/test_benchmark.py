@@ -29,7 +29,6 @@ from examples.benchmark.suite import Run, Task, read_suite
 from examples.training import Classifier, accuracy, quiet_trainer
 from lightning_wgsef import group_parameters
 from tests.helpers.benchmark_runs import WRITE, stopping
-from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
 
 ROOT = Path(__file__).parents[2]
 TASK = Task(
@@ -156,6 +155,13 @@ def command(folder: Path, *more: str) -> list[str]:
     return [sys.executable, "-W", "ignore", "-m", "examples.benchmark", *suite, *paths, *more]
 
 
+def finish(monkeypatch: pytest.MonkeyPatch, folder: Path, *more: str) -> int:
+    """The same command in this process, to its exit status."""
+    words = command(folder, *more)
+    monkeypatch.setattr(sys, "argv", words[words.index("examples.benchmark") :])
+    return main()
+
+
 def start(folder: Path) -> subprocess.Popen[bytes]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -187,8 +193,7 @@ def test_a_killed_suite_loses_one_epoch_at_most(
         saved = now
         assert time.monotonic() < deadline
     assert saved < 6
-    again = start(tmp_path)
-    assert again.wait(timeout=300) == 0
+    assert finish(monkeypatch, tmp_path) == 0
     records = Records(tmp_path / "results" / "small" / "records.jsonl").all()
     assert len(records) == 4
     assert not list(work.glob("*/*.ckpt"))
@@ -196,9 +201,7 @@ def test_a_killed_suite_loses_one_epoch_at_most(
         assert len(record["validation"]) == record["task"]["epochs"]
         assert record["trial"] or len(record["step_ratios"]) == record["task"]["epochs"]
     for what in ("latencies", "report"):
-        words = command(tmp_path, what)
-        monkeypatch.setattr(sys, "argv", words[words.index("examples.benchmark") :])
-        assert main() == 0
+        assert finish(monkeypatch, tmp_path, what) == 0
     (latencies,) = json.loads(
         (tmp_path / "results" / "small" / "latencies.json").read_text()
     ).values()
@@ -300,31 +303,28 @@ def test_suites_that_come_along_can_be_read(path: Path) -> None:
             assert part.epochs <= task.epochs
 
 
-def test_data_that_are_absent_are_named_before_anything_trains(tmp_path: Path) -> None:
+def test_data_that_are_absent_are_named_before_anything_trains(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Without network."""
     (tmp_path / "small.yaml").write_text(SUITE.replace("data: digits", "data: fashion-mnist"))
     folder = tmp_path / "fashion-mnist"
     folder.mkdir()
-    proxies = dict.fromkeys(("http_proxy", "https_proxy"), "http://127.0.0.1:9")
-    done = subprocess.run(
-        command(tmp_path, "--data-dir", str(tmp_path)),
-        cwd=ROOT,
-        env={**os.environ, **proxies},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
-    assert str(folder) in done.stderr
+    for name in ("http_proxy", "https_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert finish(monkeypatch, tmp_path, "--data-dir", str(tmp_path)) == 2
+    assert str(folder) in capsys.readouterr().err
     assert not (tmp_path / "results").exists()
 
 
-def test_a_run_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_run_that_fails_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """An image of 8 pixels is too small for LeNet-5."""
     (tmp_path / "small.yaml").write_text(SUITE.replace("small-conv", "lenet5"))
-    done = subprocess.run(command(tmp_path), cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "failed: ValueError: example_input must be what LeNet5" in done.stdout + done.stderr
+    assert finish(monkeypatch, tmp_path) == 1
+    said = capsys.readouterr()
+    assert "failed: ValueError: example_input must be what LeNet5" in said.out + said.err
 
 
 def test_a_count_stays_a_count_and_a_share_a_share(tmp_path: Path) -> None:
@@ -403,7 +403,6 @@ def test_the_mask_is_fixed_when_the_task_says(tmp_path: Path, method: str) -> No
     assert "mask fixed after 75% of them" in described(task)
 
 
-@needs_fashion_mnist
 @pytest.mark.parametrize(
     ("method", "value"),
     [
@@ -412,8 +411,10 @@ def test_the_mask_is_fixed_when_the_task_says(tmp_path: Path, method: str) -> No
         ("paper, structure, layer", 0.0),  # magnitude, once
     ],
 )
-def test_lenet_meets_its_budget_with_every_method(method: str, value: float) -> None:
-    data = DATA["fashion-mnist"](FASHION_MNIST.parent, 128, "cpu")
+def test_lenet_meets_its_budget_with_every_method(
+    fashion_mnist: Path, method: str, value: float
+) -> None:
+    data = DATA["fashion-mnist"](fashion_mnist.parent, 128, "cpu")
     data.setup()
     (task, _) = read_suite("lenet_freeze", KNOWN).tasks
     network = NETWORKS[task.network](**task.arguments)
@@ -426,9 +427,8 @@ def test_lenet_meets_its_budget_with_every_method(method: str, value: float) -> 
     assert accuracy(network, data.test_dataloader()) > 40  # chance is 10
 
 
-@needs_fashion_mnist
-def test_resnet18_meets_one_budget_for_all_its_groups() -> None:
-    data = DATA["fashion-mnist"](FASHION_MNIST.parent, 8, "cpu")
+def test_resnet18_meets_one_budget_for_all_its_groups(fashion_mnist: Path) -> None:
+    data = DATA["fashion-mnist"](fashion_mnist.parent, 8, "cpu")
     data.setup()
     (task, _) = read_suite("resnet18_structure", KNOWN).tasks
     network = NETWORKS[task.network](**task.arguments)
@@ -439,11 +439,12 @@ def test_resnet18_meets_one_budget_for_all_its_groups() -> None:
     assert int(groups.alive().sum()) == round(0.3 * len(groups))
 
 
-@needs_fashion_mnist
 @pytest.mark.parametrize("method", ["ProxSGD", "HSPG"])
-def test_methods_without_a_budget_have_what_the_penalty_leaves(tmp_path: Path, method: str) -> None:
+def test_methods_without_a_budget_have_what_the_penalty_leaves(
+    fashion_mnist: Path, tmp_path: Path, method: str
+) -> None:
     (task, _) = read_suite("half_space", KNOWN).tasks
     run = Run(replace(task, share_of_epoch=0.01, epochs=2), method, 10.0, 0, trial=False)
-    record = protocol.execute(run, FASHION_MNIST.parent, tmp_path / "work", "cpu")
+    record = protocol.execute(run, fashion_mnist.parent, tmp_path / "work", "cpu")
     assert set(record["alive"][-1]) == {"conv1", "conv2", "fc1", "fc2"}
     assert sum(count for count, _ in record["alive"][-1].values()) < record["budget"] == 226

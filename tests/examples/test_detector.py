@@ -17,7 +17,6 @@ from examples import detector
 from examples.data.scenes import FashionScenes, overlaps, paste
 from examples.models.yolo import YOLO, places
 from lightning_wgsef import group_parameters, slim
-from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
 
 
 def boxes(count: int, seed: int = 0, size: int = 64) -> Tensor:
@@ -58,9 +57,8 @@ def test_boxes_of_pasted_items_are_tight() -> None:
         assert 14 <= target[3] - target[1] <= 40
 
 
-@needs_fashion_mnist
-def test_scenes_are_always_the_same_and_their_items_apart() -> None:
-    data, again = (FashionScenes(FASHION_MNIST, scenes=(40, 10, 10)) for _ in range(2))
+def test_scenes_are_always_the_same_and_their_items_apart(fashion_mnist: Path) -> None:
+    data, again = (FashionScenes(fashion_mnist, scenes=(40, 10, 10)) for _ in range(2))
     for each in (data, again):
         each.prepare_data()
         each.setup()
@@ -231,15 +229,17 @@ def test_without_pycocotools_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         detector.coco_precision([], [])
 
 
-@needs_fashion_mnist
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_halves_the_operations(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fashion_mnist: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("pycocotools")
     monkeypatch.chdir(tmp_path)
     tiny = ["--epochs", "1", "1", "--scenes", "128", "8", "8", "--width", "4"]
-    monkeypatch.setattr(sys, "argv", ["detector", "--data-dir", str(FASHION_MNIST), *tiny])
+    monkeypatch.setattr(sys, "argv", ["detector", "--data-dir", str(fashion_mnist), *tiny])
     try:
         detector.main()
     finally:

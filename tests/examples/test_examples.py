@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from examples import fine_tune, lenet, quickstart
-from tests.helpers.groups import FASHION_MNIST, needs_fashion_mnist
 
 
 def run(main, arguments: list[str], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,11 +69,13 @@ def test_fine_tune(
     }
 
 
-@needs_fashion_mnist
 def test_lenet_on_fashion_mnist(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    fashion_mnist: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    arguments = ["--data-dir", str(FASHION_MNIST), "--epochs", "1"]
+    arguments = ["--data-dir", str(fashion_mnist), "--epochs", "1"]
     run(lenet.main, arguments, tmp_path, monkeypatch)
     output = capsys.readouterr().out
     assert alive(output) == {"conv2": (1, 1), "fc1": (40, 40), "fc2": (12, 12)}

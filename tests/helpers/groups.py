@@ -6,7 +6,6 @@ import itertools
 import math
 from collections import OrderedDict
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,6 @@ from lightning_wgsef.groupings.registry import GROUPINGS
 
 # The groupings that need no more than a convolution or a dense layer.
 OF_ANY_LAYER = {name: GROUPINGS[name] for name in ("channel", "element", "filter", "filter_shape")}
-FASHION_MNIST = Path(__file__).resolve().parents[3] / "shared" / "data" / "fashion-mnist"
-needs_fashion_mnist = pytest.mark.skipif(
-    not FASHION_MNIST.is_dir(), reason=f"the four Fashion-MNIST files are not in {FASHION_MNIST}"
-)
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import torch
 
 from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_trainer
 
+# One worker starts the processes of all such tests, one test at a time.
+pytestmark = pytest.mark.xdist_group("processes")
 SCRIPT = Path(__file__).parents[1] / "scripts" / "ddp.py"
 
 

@@ -12,11 +12,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from tests.helpers import processes
 from tests.scripts.crash import train
 
+# One worker starts the processes of all such tests, one test at a time.
+pytestmark = pytest.mark.xdist_group("processes")
 CRASHES = int(os.environ.get("CRASHES", "2"))
 STEPS = 60
 
