@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import ast
+import re
 import shutil
 import subprocess
 import sys
+from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 import lightning_wgsef
+from lightning_wgsef.cli.commands import main
 
 PACKAGE = Path(lightning_wgsef.__file__).parent
 ROOT = PACKAGE.parent
@@ -26,12 +30,38 @@ def test_types_are_shipped() -> None:
     assert (PACKAGE / "py.typed").is_file()
 
 
+def test_the_command_is_there() -> None:
+    (command,) = entry_points(group="console_scripts", name="lightning-wgsef")
+    assert command.load() is main
+
+
+def test_the_citation_is_of_this_version() -> None:
+    assert f"version: {lightning_wgsef.__version__}\n" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_lowest_versions_are_the_floors() -> None:
+    """What the workflow tests is what is promised."""
+    tomllib = pytest.importorskip("tomllib", reason="part of Python 3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    promised = [*project["dependencies"]]
+    for extra in ("examples", "onnx", "plots", "test"):
+        promised += [line for line in extras[extra] if not line.startswith(project["name"])]
+    floors = {re.split(r"[\[>]", line)[0]: Version(line.split(">=")[1]) for line in promised}
+    lines = (ROOT / "constraints-lowest.txt").read_text().splitlines()
+    pairs = [line.split("==") for line in lines if not line.startswith("#")]
+    lowest = {name: Version(version) for name, version in pairs}
+    assert lowest.pop("numpy")  # of their time, and needed by some of them
+    assert lowest == floors
+
+
 # File, the import that is put at its end, and the contract that it breaks.
 PLANTED = {
     "upward": ("penalties/envelope.py", "lightning_wgsef.training.schedules", "Imports go down"),
     "sideways": ("reports/plots.py", "lightning_wgsef.slimming.slim", "Imports go down"),
     "in a circle": ("utils/tables.py", "lightning_wgsef.utils.validation", "No circles"),
     "Lightning": ("training/masks.py", "pytorch_lightning", "Only lightning/ knows Lightning"),
+    "an example": ("export/runtimes.py", "examples.training", "The package knows neither"),
     "under another name": ("cli/checkpoints.py", "lightning.fabric", "Only lightning/"),
 }
 

@@ -18,7 +18,7 @@ from lightning_wgsef import GroupedLayer, Groups, Member, prox_multipliers
 from tests.benchmarks.measure import Rounds, add_row, once
 from tests.benchmarks.steps import HOMOTOPY, VARIANTS, groups_step, prox_by_sorting
 
-CASE = "3 single weights"
+CASE = "single weights"
 LARGE = pytest.param(8, marks=pytest.mark.large)
 
 

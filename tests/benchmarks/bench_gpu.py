@@ -17,7 +17,7 @@ from tests.benchmarks.networks import grouped, weights
 from tests.benchmarks.steps import HOMOTOPY, VARIANTS, floor, groups_step
 
 pytestmark = pytest.mark.gpu
-CASE = "7 on a GPU"
+CASE = "on a GPU"
 FLOOR = "_foreach_norm and _foreach_mul_"
 
 

@@ -13,7 +13,7 @@ from tests.benchmarks.measure import Rounds, add_row, once
 from tests.benchmarks.networks import grouped, weights
 from tests.benchmarks.steps import HOMOTOPY, floor, groups_step
 
-CASE = "6 others, the same tensors"
+CASE = "others, the same tensors"
 
 
 def ours(tensors: list[Tensor]) -> Callable[[], None]:

@@ -65,7 +65,7 @@ def test_metric(benchmark: Any, kind: str) -> None:
             metric,
             "identity",
             target=4,
-            case="5 metric of Adam",
+            case="metric of Adam",
             name=f"ResNet18, {kind}",
             what=f'WGSEF.step, constant lam, metric="{metric}", warm start',
             floor='WGSEF.step, metric="identity"',

@@ -29,7 +29,7 @@ def test_step(benchmark: Any, network: str, kind: str, variant: str) -> None:
         "step",
         "floor",
         target=1.3,
-        case="1 structured groups",
+        case="structured groups",
         name=f"{network}, {kind}",
         what=f"norms, multipliers, scaling: {variant}",
         floor="_foreach_norm and _foreach_mul_",

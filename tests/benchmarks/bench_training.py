@@ -53,7 +53,7 @@ def test_share(benchmark: Any, network: str) -> None:
             kind,
             "training",
             target=0.05,
-            case="2 share of a training step",
+            case="share of a training step",
             name=f"{network}, {kind}",
             what=f"WGSEF.step with the homotopy, {pixels}x{pixels} images",
             floor=f"forward, backward, SGD step at batch {BATCH}",

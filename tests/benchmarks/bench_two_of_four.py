@@ -36,7 +36,7 @@ def test_two_of_four(benchmark: Any, power: int) -> None:
             kind,
             "product",
             target=4,
-            case="4 two of four",
+            case="two of four",
             name=f"10^{power} weights",
             what=f"|v|, multipliers (debias 1, {kind}), product",
             floor="v.mul_(1.0000001)",

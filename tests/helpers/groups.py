@@ -5,22 +5,28 @@ from __future__ import annotations
 import itertools
 import math
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef import GroupedLayer, Member
+from lightning_wgsef import GroupedLayer, Groups, Member
 from lightning_wgsef.groupings.registry import GROUPINGS
+from lightning_wgsef.reports.sparsity import LayerReport, SparsityReport
 
+Module = TypeVar("Module", bound=nn.Module)
+# How many groups there are, and where their weights lie.
+Layout = tuple[int, tuple[Member, ...]]
 # The groupings that need no more than a convolution or a dense layer.
 OF_ANY_LAYER = {name: GROUPINGS[name] for name in ("channel", "element", "filter", "filter_shape")}
 
 
 @contextmanager
-def raises_naming(*words):
+def raises_naming(*words: str) -> Iterator[None]:
     """The block raises a plain ValueError whose message has all these words."""
     with pytest.raises(ValueError, match=r"\w") as caught:
         yield
@@ -29,12 +35,12 @@ def raises_naming(*words):
     assert missing == [], str(caught.value)
 
 
-def parameter(*shape, dtype=torch.float32, seed=0):
+def parameter(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Parameter:
     values = torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return nn.Parameter(values.to(dtype))
 
 
-def owners(member):
+def owners(member: Member) -> np.ndarray:
     """The group of every single weight, -1 for none."""
     shape = member.parameter.shape
     groups = np.empty(shape, dtype=int)
@@ -45,7 +51,7 @@ def owners(member):
     return groups
 
 
-def slow_norms(layer, values=None):
+def slow_norms(layer: GroupedLayer, values: Mapping[str, Tensor] | None = None) -> list[float]:
     squares = [0.0] * layer.count
     for member in layer.members:
         tensor = member.parameter if values is None else values[member.name]
@@ -56,7 +62,7 @@ def slow_norms(layer, values=None):
     return [math.sqrt(square) for square in squares]
 
 
-def slow_scaled(layer, factors):
+def slow_scaled(layer: GroupedLayer, factors: Sequence[float]) -> dict[str, Tensor]:
     """Every parameter of the layer by its name, with each of its weights scaled."""
     scaled = {m.name: m.parameter.detach().double().numpy().copy() for m in layer.members}
     for member in layer.members:
@@ -66,16 +72,16 @@ def slow_scaled(layer, factors):
     return {name: torch.as_tensor(weights) for name, weights in scaled.items()}
 
 
-def dense_rows(dtype):
+def dense_rows(dtype: torch.dtype) -> Layout:
     weight, bias = parameter(3, 5, dtype=dtype), parameter(3, dtype=dtype, seed=1)
     return 3, (Member("fc.weight", weight, (0,)), Member("fc.bias", bias, (0,)))
 
 
-def dense_columns(dtype):
+def dense_columns(dtype: torch.dtype) -> Layout:
     return 5, (Member("fc.weight", parameter(3, 5, dtype=dtype), (1,)),)
 
 
-def filters_with_norm(dtype):
+def filters_with_norm(dtype: torch.dtype) -> Layout:
     vectors = [
         Member(name, parameter(4, dtype=dtype, seed=seed), (0,))
         for seed, name in enumerate(("conv.bias", "norm.weight", "norm.bias"), start=1)
@@ -83,24 +89,26 @@ def filters_with_norm(dtype):
     return 4, (Member("conv.weight", parameter(4, 3, 2, 2, dtype=dtype), (0,)), *vectors)
 
 
-def some_in_no_group(dtype):
+def some_in_no_group(dtype: torch.dtype) -> Layout:
     index = torch.tensor([1, -1, 0, -1])
     return 2, (Member("fc.weight", parameter(4, 3, dtype=dtype), (0,), index),)
 
 
-def layer_of(layout, dtype=torch.float32, **more):
+def layer_of(
+    layout: Callable[[torch.dtype], Layout], dtype: torch.dtype = torch.float32, **more: Any
+) -> GroupedLayer:
     count, members = layout(dtype)
     return GroupedLayer(layout.__name__, "mine", count, members, **more)
 
 
-def without(groups, number):
+def without(groups: Groups, number: int) -> None:
     """Zero one group."""
     factors = torch.ones(len(groups))
     factors[number] = 0
     groups.scale_(factors)
 
 
-def mlp(*widths):
+def mlp(*widths: int) -> nn.Sequential:
     """Dense layers "0", "2", .. with ReLU between them."""
     modules = []
     for inputs, outputs in itertools.pairwise(widths):
@@ -108,20 +116,20 @@ def mlp(*widths):
     return nn.Sequential(*modules[:-1])
 
 
-def names(groups):
+def names(groups: Groups) -> list[str]:
     return [layer.name for layer in groups.layers]
 
 
-def members(groups, layer):
+def members(groups: Groups, layer: str) -> list[str]:
     return [m.name for x in groups.layers if x.name == layer for m in x.members]
 
 
-def stages():
+def stages() -> nn.Sequential:
     """Layers a.0, a.2, b.0, b.2 and head, of 3, 4, 5, 6 and 7 channels."""
     return nn.Sequential(OrderedDict(a=mlp(3, 4, 5), b=mlp(5, 6, 7), head=nn.Linear(7, 2)))
 
 
-def conv_network(seed=0):
+def conv_network(seed: int = 0) -> nn.Sequential:
     """Layers conv1, norm1, conv2 and fc; no weight is zero."""
     torch.manual_seed(seed)
     modules = OrderedDict(
@@ -139,7 +147,7 @@ def conv_network(seed=0):
     return model
 
 
-def pruned():
+def pruned() -> nn.Sequential:
     """Channels 1 and 4 of conv2 and channel 0 of fc are zero."""
     model = conv_network()
     with torch.no_grad():
@@ -154,19 +162,19 @@ PRUNED = {
 }
 
 
-def lists(masks):
+def lists(masks: Mapping[str, Tensor]) -> dict[str, list[bool]]:
     assert all(mask.dtype == torch.bool for mask in masks.values())
     return {name: mask.tolist() for name, mask in masks.items()}
 
 
-def kept(groups, *dead):
+def kept(groups: Groups, *dead: int) -> dict[str, Tensor]:
     """Masks in which the groups with these numbers, over all layers, are dead."""
     alive = torch.ones(len(groups), dtype=torch.bool)
     alive[list(dead)] = False
     return groups.split(alive)
 
 
-def ones(model):
+def ones(model: Module) -> Module:
     """The model with all weights 1: every zero in it was put there."""
     with torch.no_grad():
         for parameter in model.parameters():
@@ -174,7 +182,7 @@ def ones(model):
     return model
 
 
-def rows(report):
+def rows(report: SparsityReport) -> dict[str, LayerReport]:
     return {layer.name: layer for layer in report.layers}
 
 

@@ -1,10 +1,12 @@
 """Copies of the package's solver with a fault in their source, for tests that must notice it."""
 
+from __future__ import annotations
+
 import ast
 import dataclasses
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -28,18 +30,18 @@ class Fault:
     new: str
     check: Callable[..., float] | None = None
 
-    def file(self, sources):
+    def file(self, sources: Mapping[str, str]) -> str:
         """The one that holds the old text."""
         places = [name for name, source in sources.items() for _ in range(source.count(self.old))]
         assert len(places) == 1, f"is to be in one place, is in {places}: {self.old}"
         return places[0]
 
 
-def solver(*names):
+def solver(*names: str) -> dict[str, str]:
     """Sources of these files of the package and of all that they import, those first."""
-    found = {}
+    found: dict[str, str] = {}
 
-    def add(name):
+    def add(name: str) -> None:
         source = _path(name).read_text(encoding="utf-8")
         for below in _imported(source):
             if below not in found:
@@ -51,11 +53,11 @@ def solver(*names):
     return found
 
 
-def _path(name):
+def _path(name: str) -> Path:
     return PACKAGE.joinpath(*name.split(".")).with_suffix(".py")
 
 
-def _imported(source):
+def _imported(source: str) -> Iterator[str]:
     """Dotted names, below the package, of the files that the source imports from it."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == NAME:
@@ -66,7 +68,7 @@ def _imported(source):
                 yield from (f"{module}.{alias.name}".removeprefix(".") for alias in node.names)
 
 
-def load(sources, fault=None):
+def load(sources: dict[str, str], fault: Fault | None = None) -> dict[str, types.ModuleType]:
     """Modules made from the sources, by name, with a fault or none."""
     if fault:
         name = fault.file(sources)

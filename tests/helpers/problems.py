@@ -1,10 +1,17 @@
 """Random problems for the envelope's pure functions, and how far an answer is from the oracle's."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
 
 from tests.helpers.oracles import envelope as oracle
 
@@ -15,7 +22,7 @@ TOLERANCE = 1e-6  # the promise: worst relative error against the oracle
 FLOOR = 1e-6
 
 
-def relative_error(got, want, floor=0.0):
+def relative_error(got: ArrayLike, want: ArrayLike, floor: float = 0.0) -> float:
     """Worst |got - want| / max(|want|, floor); infinite where `got` is not a number."""
     got, want = np.asarray(got, dtype=np.float64), np.asarray(want, dtype=np.float64)
     assert got.shape == want.shape
@@ -24,11 +31,13 @@ def relative_error(got, want, floor=0.0):
     return float(np.where(np.isnan(error), np.inf, error).max(initial=0.0))
 
 
-def tensor(values, dtype=torch.float64):
+def tensor(values: ArrayLike, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.as_tensor(np.asarray(values), dtype=dtype)
 
 
-def loguniform(rng, low, high, size):
+def loguniform(
+    rng: np.random.Generator, low: float, high: float, size: int | tuple[int, ...]
+) -> np.ndarray:
     return np.exp(rng.uniform(math.log(low), math.log(high), size))
 
 
@@ -47,39 +56,39 @@ class Problems:
     sizes: np.ndarray
     rng: np.random.Generator
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         labels = self.rng.permutation(np.repeat(np.arange(len(self.sizes)), self.sizes))
         self._positions = np.argsort(labels, kind="stable")
         self._mask = np.arange(self.norms.shape[1]) < self.sizes[:, None]
         self.segments = torch.as_tensor(labels)
 
-    def flat(self, rows):
+    def flat(self, rows: np.ndarray) -> Tensor:
         """Rows (problems, most groups) to a flat tensor."""
         values = np.empty(len(self._positions))
         values[self._positions] = rows[self._mask]
         return tensor(values)
 
-    def rows(self, flat):
+    def rows(self, flat: Tensor) -> np.ndarray:
         """A flat tensor to rows, zero in the padding."""
         rows = np.zeros(self.norms.shape)
         rows[self._mask] = flat.double().numpy()[self._positions]
         return rows
 
-    def groups(self, *, costs=True):
+    def groups(self, *, costs: bool = True) -> dict[str, Tensor]:
         """Keyword arguments for the module under test."""
         arguments = {"weights": self.flat(self.weights), "segments": self.segments}
         return arguments | ({"costs": self.flat(self.costs)} if costs else {})
 
-    def multipliers(self, env, step, **options):
+    def multipliers(self, env: ModuleType, step: Any, **options: Any) -> np.ndarray:
         """Rows of the module's multipliers."""
         norms, k = self.flat(self.norms), tensor(self.k)
         return self.rows(env.prox_multipliers(norms, step, k, **self.groups(), **options))
 
-    def exact_multipliers(self, step, debias):
+    def exact_multipliers(self, step: Any, debias: float) -> np.ndarray:
         """Rows of the oracle's multipliers."""
         return oracle.prox_multipliers(self.norms, step, self.k, self.weights, self.costs, debias)
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[tuple[np.ndarray, float, np.ndarray, np.ndarray, int]]:
         """Each problem without its padding: norms, k, weights, costs, and its row."""
         for row, size in enumerate(self.sizes):
             one = slice(size)
@@ -92,7 +101,14 @@ class Problems:
             )
 
 
-def random_problems(rng, count, groups=6, *, unit_costs=False, unit_weights=False):
+def random_problems(
+    rng: np.random.Generator,
+    count: int,
+    groups: int = 6,
+    *,
+    unit_costs: bool = False,
+    unit_weights: bool = False,
+) -> Problems:
     """Problems that differ in size, scale, spread, zeros, ties, weights, costs and budget."""
     shape = (count, groups)
     column = (count, 1)
@@ -125,7 +141,7 @@ def random_problems(rng, count, groups=6, *, unit_costs=False, unit_weights=Fals
     return Problems(norms, weights, costs, k, sizes, rng)
 
 
-def random_steps(rng, weights, debias):
+def random_steps(rng: np.random.Generator, weights: np.ndarray, debias: float) -> np.ndarray:
     """Steps from 1e-6 to 10, or with a debias to just below 1 / (debias * weight)."""
     count = len(weights)
     if debias == 0:

@@ -87,7 +87,7 @@ ROOTS = [
     Fault("by rank: sides swapped", "ends[:, :1], ends", "ends[:, 1:], ends", check_ranks),
     Fault("by rank: breakpoints as they come", ".sort(1).values", "", check_ranks),
     Fault("by rank: blurred ends", "apart = 4 * numbers.eps", "apart = 0.0", check_ranks),
-]  # fmt: skip
+]
 
 SEGMENTS = [
     Fault("padding of weights and costs", "matrix += values.amin()", "pass", check_prox),
