@@ -17,6 +17,7 @@ from lightning_wgsef.groupings.budget import (
     with_costs,
 )
 from lightning_wgsef.groupings.costs import Costs, check_costs
+from lightning_wgsef.groupings.norm_statistics import with_exact_statistics
 from lightning_wgsef.groupings.patterns import check_patterns, matches
 from lightning_wgsef.groupings.registry import (
     MISSING,
@@ -125,6 +126,7 @@ def group_parameters(
         _warn_of_assumption(layers, interface)
     if example_input is not None:
         layers = list(with_invariance(plain, Groups(layers), example_input).layers)
+    layers = with_exact_statistics(plain, layers, example_input)
     layers, rest = with_costs(plain, layers, costs, example_input)
     layers = with_weights(layers, weights, scope)
     if plain is not model:

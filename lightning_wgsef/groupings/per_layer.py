@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
+from lightning_wgsef.groups.norm_statistics import NormStatistics, has_statistics
 from lightning_wgsef.network.interface import Interface, interface_by_order
 from lightning_wgsef.network.layers import WeightedLayer, usable_layers
 
@@ -74,8 +75,15 @@ def _filters(layer: WeightedLayer, reserved: str) -> GroupedLayer:
     for name, parameter in vectors:
         if isinstance(parameter, nn.Parameter):
             members.append(Member(name, parameter, axes=(0,)))
+    follows = layer.norm is not None and has_statistics(layer.norm[1])
     return GroupedLayer(
-        layer.name, "filter", layer.outputs, tuple(members), removable=True, reserved=reserved
+        layer.name,
+        "filter",
+        layer.outputs,
+        tuple(members),
+        removable=True,
+        reserved=reserved,
+        statistics=(NormStatistics(*layer.norm),) if follows and layer.norm is not None else (),
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.groups.grouped_layer import GroupedLayer
+from lightning_wgsef.groups.grouped_layer import GroupedLayer, with_values
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.network.channels import PRODUCERS, Slices, normalises_width, slices
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
@@ -272,8 +272,7 @@ class _Trial:
 
 def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:
     parameters = {canonical_name(name): p for name, p in network.named_parameters()}
-    members = tuple(replace(m, parameter=parameters[m.name]) for m in layer.members)
-    groups = Groups([replace(layer, members=members)])
-    factors = torch.ones(layer.count, device=members[0].parameter.device)
+    groups = Groups(with_values([layer], parameters))
+    factors = torch.ones(layer.count, device=groups.device)
     factors[dead] = 0
     groups.scale_(factors)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
+from lightning_wgsef.groups.norm_statistics import NormStatistics, has_statistics
 from lightning_wgsef.network.channels import (
     ChannelSet,
     channel_sets,
@@ -19,7 +20,13 @@ from lightning_wgsef.network.channels import (
     slices,
 )
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
-from lightning_wgsef.network.layers import canonical_name, other_layers, unwrap, weighted_layers
+from lightning_wgsef.network.layers import (
+    canonical_name,
+    modules_by_name,
+    other_layers,
+    unwrap,
+    weighted_layers,
+)
 from lightning_wgsef.network.operations import OPTYPE
 
 
@@ -52,7 +59,7 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
     """
     graph = build_graph(model, example_input)
     inner = unwrap(model)
-    own = dict(inner.named_parameters())
+    own, modules = dict(inner.named_parameters()), modules_by_name(inner)
     originals = {
         id(parameter): (canonical_name(name), own[name])
         for name, parameter in graph.model.named_parameters()
@@ -74,7 +81,13 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
         reserved = _reserved(graph, found, members)
         layers.append(
             GroupedLayer(
-                found.name, "structure", found.tied.count, members, True, reserved=reserved
+                found.name,
+                "structure",
+                found.tied.count,
+                members,
+                removable=True,
+                reserved=reserved,
+                statistics=_statistics(graph, found.tied, modules),
             )
         )
     grouped = {layer.name for layer in layers}
@@ -96,6 +109,20 @@ def _members(
             )
     order = [id(parameter) for _, parameter in originals.values()]
     return tuple(sorted(members.values(), key=lambda x: order.index(id(x.parameter))))
+
+
+def _statistics(
+    graph: Graph, tied: CoupledChannels, modules: Mapping[str, nn.Module]
+) -> tuple[NormStatistics, ...]:
+    """List the norms that some of the channels pass."""
+    found: dict[str, Tensor] = {}
+    for side, positions in tied.positions.items():
+        name = graph.names.get(side[0].module, "")
+        if has_statistics(modules.get(name)) and graph.outward(side):
+            index = torch.full((len(side[0].module.running_mean),), -1)
+            index[list(positions)] = torch.tensor([tied.bundle[x] for x in positions.values()])
+            found[name] = index
+    return tuple(NormStatistics(name, modules[name], index) for name, index in found.items())
 
 
 def _reserved(graph: Graph, found: ChannelSet, members: tuple[Member, ...]) -> str:

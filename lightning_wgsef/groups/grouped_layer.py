@@ -10,20 +10,33 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.groups.members import Member, gather
-from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.groups.norm_statistics import NormStatistics, has_statistics
+from lightning_wgsef.network.layers import canonical_name, modules_by_name
 
 
 def on_model(layers: Iterable[GroupedLayer], model: nn.Module) -> list[GroupedLayer]:
-    """Return layers that were found on a copy with the parameters of the model itself."""
+    """Return layers that were found on a copy with parameters and norms of the model itself."""
+    layers = list(layers)
     own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
-    return with_values(layers, own)
+    modules = modules_by_name(model)
+    norms = [
+        [replace(norm, module=modules[norm.name]) for norm in layer.statistics] for layer in layers
+    ]
+    return [
+        replace(layer, statistics=tuple(x for x in found if has_statistics(x.module)))
+        for layer, found in zip(with_values(layers, own), norms, strict=True)
+    ]
 
 
 def with_values(layers: Iterable[GroupedLayer], values: Mapping[str, Tensor]) -> list[GroupedLayer]:
-    """Return the same groups of other tensors, given by canonical name of parameter."""
+    """Return the same groups of other tensors, given by canonical name, without statistics."""
     return [
-        replace(x, members=tuple(replace(m, parameter=values[m.name]) for m in x.members))
-        for x in layers
+        replace(
+            layer,
+            members=tuple(replace(m, parameter=values[m.name]) for m in layer.members),
+            statistics=(),
+        )
+        for layer in layers
     ]
 
 
@@ -45,6 +58,7 @@ class GroupedLayer:
         costs: costs c_j > 0, shape (count,); None: 1.
         budget: K in units of cost.
         m: how many groups in a row share the budget, as in n:m; None: all of them.
+        statistics: norms that follow, whose running statistics shrink with the groups.
 
     Raises:
         ValueError: an index or a tensor does not fit ``count``.
@@ -62,6 +76,7 @@ class GroupedLayer:
     costs: Tensor | None = None
     budget: float = field(default=math.inf)
     m: int | None = None
+    statistics: tuple[NormStatistics, ...] = ()
 
     def __post_init__(self) -> None:
         for member in self.members:

@@ -52,6 +52,11 @@ class Layout:
         self._index = self._groups_of_slices(layers)
         self._counted = self._counted_slices()
         self._own_weights = joined_layers([x.weights for x in layers], self._counts, dtype, device)
+        self._statistics = [
+            (norm, self._places(norm.index, int(first), layer.count).to(device))
+            for layer, first in zip(layers, counts.cumsum(0) - counts, strict=True)
+            for norm in layer.statistics
+        ]
 
     @cached_property
     def weights(self) -> Tensor | None:
@@ -82,11 +87,20 @@ class Layout:
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
-        """Multiply every group by its factor, shape (m,), in place."""
+        """Multiply every group by its factor, shape (m,), in place; statistics of norms follow."""
+        self.scale_statistics_(factors)
         for member, per_slice in zip(self.members, self.spread(factors, 1.0), strict=True):
             # Not rounded to the weights' precision where that is low: the product is, once.
             precise = torch.promote_types(member.parameter.dtype, torch.float32)
             member.scale_(per_slice.to(precise))
+
+    @torch.no_grad()
+    def scale_statistics_(self, factors: Tensor) -> None:
+        """Let running statistics follow weights that were scaled by these factors, shape (m,)."""
+        if self._statistics:
+            padded = torch.cat([factors, factors.new_ones(1)])
+            for norm, places in self._statistics:
+                norm.scale_(padded[places])
 
     def spread(self, per_group: Tensor, outside: float) -> tuple[Tensor, ...]:
         """Give every slice of each member its group's number, ``outside`` if it has no group."""
@@ -118,13 +132,17 @@ class Layout:
         indices, first, left = [], 0, iter(self.members)
         for layer in layers:
             for member in islice(left, len(layer.members)):
-                index = torch.arange(layer.count) if member.index is None else member.index.cpu()
-                indices.append(torch.where(index < 0, self._total, index + first))
+                indices.append(self._places(member.index, first, layer.count))
             first += layer.count
         joined = torch.cat(indices)
         in_order = len(joined) == self._total and bool((joined == torch.arange(self._total)).all())
         # What lies here in order is summed with what lies on other processes all the same.
         return None if in_order and not self._is_sharded else joined.to(self._device)
+
+    def _places(self, index: Tensor | None, first: int, count: int) -> Tensor:
+        """Number the groups of a layer's slices among all groups, m for none."""
+        own = torch.arange(count) if index is None else index.cpu()
+        return torch.where(own < 0, self._total, own + first)
 
     def _counted_slices(self) -> Tensor | None:
         """Return `_index` with m for what another process counts, too."""

@@ -260,7 +260,7 @@ def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
         yield
 
 
-Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], None]
+Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 
 Return = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 
@@ -273,7 +273,8 @@ def observed(
 
     Args:
         modules: by name.
-        before: called with the name, the module, and the arguments of its forward.
+        before: called with the name, the module, and the arguments of its forward; may return
+            others, as a tuple and a dict, in their place.
         after: called with the name, the module, its arguments by position, and what it returned.
 
     >>> layer = nn.Linear(2, 3)

@@ -134,6 +134,7 @@ class Pruner:
         self.check_finite()
         self.masks = self.groups.split(alive)
         self.step.settle()
+        self.groups.layout.scale_statistics_(alive.to(self.groups.dtype))
         apply_masks(self.groups, self.masks)
         clear_moments(self.groups, self.masks, self.optimizer)
 

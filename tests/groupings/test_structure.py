@@ -138,7 +138,8 @@ def planted(kind, layer, member, change):
             return found
         members = {x.name: [x] for x in found.members}
         change(members[member])
-        return replace(found, members=tuple(x for kept in members.values() for x in kept))
+        kept = tuple(x for of_one in members.values() for x in of_one)
+        return replace(found, members=kept, statistics=())  # a mean of zero would hide it
 
     return errors(kind, mistake)[layer]
 

@@ -1,0 +1,56 @@
+"""Running statistics of norms that read the outputs of groups."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from lightning_wgsef.network.sharding import is_sharded
+
+
+@dataclass(frozen=True, eq=False)
+class NormStatistics:
+    r"""Running mean and variance of a norm whose inputs are what groups make and nothing else.
+
+    When the group of channel c shrinks by f, so does the norm's input there: its mean becomes
+    :math:`f \mu_c` and its variance :math:`f^2 \sigma_c^2`, exactly. The buffers are looked up
+    when they are scaled: moving a model to a device replaces them.
+
+    Attributes:
+        name: canonical name of the norm.
+        module: the norm.
+        index: group of every channel, -1 for none; None: channel i belongs to group i.
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> NormStatistics("1", norm).scale_(torch.tensor([0.5, 1.0]))
+    >>> norm.running_var.tolist()
+    [0.25, 1.0]
+    """
+
+    name: str
+    module: nn.Module
+    index: Tensor | None = None
+
+    @torch.no_grad()
+    def scale_(self, factors: Tensor) -> None:
+        """Follow the factor of every channel, shape (channels,), in place."""
+        for name, scale in (("running_mean", factors), ("running_var", factors.square())):
+            buffer = getattr(self.module, name)
+            # Multiplied in full precision and rounded once, as weights are.
+            buffer.mul_(scale.to(torch.promote_types(buffer.dtype, torch.float32)))
+
+
+def has_statistics(module: object) -> bool:
+    """Does the module keep running statistics, all of them on this process?
+
+    >>> has_statistics(nn.BatchNorm1d(2)), has_statistics(nn.InstanceNorm1d(2))
+    (True, False)
+    """
+    buffers = (getattr(module, "running_mean", None), getattr(module, "running_var", None))
+    return isinstance(module, _NormBase) and all(
+        isinstance(x, Tensor) and not is_sharded(x) and not isinstance(x, nn.UninitializedBuffer)
+        for x in buffers
+    )
