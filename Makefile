@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Of the benchmark: fashion-mnist/, cifar-10-batches-bin/ and cifar-100-binary/ lie there.
 SETS ?= data
+# Of `make gpu`: pieces of seven minutes, and at most an epoch more.
+DEVICE ?= cuda
+SUITES ?= gpu paper structural
+WORKERS ?= 4
+MINUTES ?= 7
 # One thread a process: two test processes with two threads each fight for two cores.
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 # Long training: keep large allocations in the heap instead of asking the kernel for each of them.
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: help demo test lint check docs dist bench crash fuzz browser bench-cpu oto-environment clean
+.PHONY: help demo test lint check docs dist bench crash fuzz browser bench-cpu gpu oto-environment clean
 
 help:  ## What can be made.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +76,26 @@ bench-cpu: .venv-oto/installed  ## WGSEF and its rivals, about nine hours. Resta
 	$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) .venv-oto/bin/python -m examples.benchmark latencies \
 		--suite cpu
 	.venv-oto/bin/python -m examples.benchmark report --suite cpu
+
+# In pieces, each of which commits its records: a machine that is lent for minutes loses one epoch.
+gpu: .venv/installed  ## On a GPU: its tests and benchmarks, then SUITES one after the other. Restartable.
+	$(BIN)/python -m pytest tests -m gpu --no-cov
+	mkdir -p .benchmarks
+	$(BIN)/python -m pytest tests/benchmarks -m gpu -o addopts= -o python_files='bench_*.py' \
+		-p benchmark --benchmark-json=.benchmarks/gpu.json -W "ignore:Not saving anything"
+	for suite in $(SUITES); do \
+		while : ; do \
+			$(TRAIN_ENVIRONMENT) $(TEST_ENVIRONMENT) $(BIN)/python -m examples.benchmark \
+				--suite $$suite --data-dir $(SETS) --device $(DEVICE) --workers $(WORKERS) \
+				--minutes $(MINUTES); \
+			status=$$?; \
+			$(BIN)/python -m examples.benchmark report --suite $$suite; \
+			git add examples/results; \
+			git diff --cached --quiet -- examples/results || git commit --quiet \
+				--message "Records of the suite $$suite" -- examples/results; \
+			test $$status = 75 || break; \
+		done; \
+	done
 
 oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependency of the others.
 

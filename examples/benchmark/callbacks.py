@@ -19,6 +19,9 @@ from examples.data.batches import Batches
 from examples.training import accuracy
 from lightning_wgsef.training.schedules import in_steps
 
+NO_TIME = 75
+"""Exit status of a run, and of a suite, that goes on the next time."""
+
 
 def total_steps(trainer: pl.Trainer) -> int:
     """How many steps training lasts."""
@@ -138,10 +141,15 @@ class Watch(pl.Callback):
 
 
 class Checkpoint(pl.Callback):
-    """Writes the whole state of training after every epoch, and stops when nobody waits for it."""
+    """Writes the whole state of training after every epoch, and stops when nobody waits for it.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: of the checkpoint.
+        until: the moment, in seconds since the epoch, after which no further epoch is begun.
+    """
+
+    def __init__(self, path: Path, until: float = math.inf) -> None:
+        self.path, self.until = path, until
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """The old checkpoint is replaced when the new one is whole."""
@@ -151,3 +159,5 @@ class Checkpoint(pl.Callback):
         parent = parent_process()
         if parent is not None and not parent.is_alive():
             raise SystemExit("the suite that started this run is gone")
+        if time.time() > self.until and trainer.current_epoch + 1 < (trainer.max_epochs or 0):
+            raise SystemExit(NO_TIME)

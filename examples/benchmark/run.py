@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import platform
 import resource
 import shutil
@@ -67,7 +68,12 @@ def plain_optimizer(network: nn.Module, run: Run, lr: float) -> torch.optim.Opti
 
 
 def execute(
-    run: Run, data_dir: Path, work: Path, device: str, weights: Path | None = None
+    run: Run,
+    data_dir: Path,
+    work: Path,
+    device: str,
+    weights: Path | None = None,
+    until: float = math.inf,
 ) -> Record:
     """Train once, from where an earlier process got; the record of the run.
 
@@ -77,6 +83,7 @@ def execute(
         work: folder for the checkpoint; removed at the end.
         device: "cpu" or "cuda".
         weights: file of the dense network that the run starts from, or that it leaves.
+        until: see `Checkpoint`.
     """
     warnings.filterwarnings("ignore")
     for name in ("pytorch_lightning", "lightning", "lightning_fabric", "lightning.pytorch"):
@@ -104,7 +111,13 @@ def execute(
     watch = Watch(data.val_dataloader(), count, run.task.freeze)
     checkpoint = work / "last.ckpt"
     clock = Clock(None if run.trial else lambda: plain_seconds(original, run, data, device))
-    callbacks = [CosineRate(model.lr), clock, *pruning.callbacks, watch, Checkpoint(checkpoint)]
+    callbacks = [
+        CosineRate(model.lr),
+        clock,
+        *pruning.callbacks,
+        watch,
+        Checkpoint(checkpoint, until),
+    ]
     trainer = make_trainer(run, callbacks, device, max_epochs=run.task.epochs)
     trainer.fit(model, data, ckpt_path=usable(checkpoint), weights_only=False)
     if weights is not None and run.method == "dense":

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from examples.benchmark.callbacks import NO_TIME
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record, Records
 from examples.benchmark.suite import WITHOUT_BUDGET, Run, Suite, Task
@@ -93,15 +94,15 @@ def waiting(suite: Suite, folders: Folders) -> Iterator[Run]:
                     yield run if there else before
 
 
-def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: float) -> bool:
-    """Run what has no record yet; is everything finished?
+def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: float) -> int:
+    """Run what has no record yet; 0 if all is finished, 1 if a run failed, `NO_TIME` if it goes on.
 
     Args:
         suite: what to run.
         folders: where everything is.
         device: "cpu" or "cuda".
         workers: how many runs at a time.
-        until: no run is started after this moment, in seconds since the epoch.
+        until: no run and no epoch is begun after this moment, in seconds since the epoch.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["examples.benchmark.run"])
@@ -117,7 +118,7 @@ def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: 
                     break
                 if run.name not in active and run.name not in failed:
                     process = context.Process(
-                        target=_work, args=(run, folders, device), name=run.name
+                        target=_work, args=(run, folders, device, until), name=run.name
                     )
                     process.start()
                     active[run.name] = (run, process)
@@ -130,16 +131,20 @@ def run_suite(suite: Suite, folders: Folders, device: str, workers: int, until: 
                 del active[name]
                 if process.exitcode == NO_SPACE:
                     raise OSError(errno.ENOSPC, "no space left; finished runs are intact")
+                if process.exitcode == NO_TIME:
+                    continue
                 if folders.record(run) is None:
                     failed.add(name)
                     tqdm.write(f"{name} failed: {_reason(process.exitcode, folders.work, name)}")
                 else:
                     bar.update(run.task.epochs)
                     tqdm.write(_line(run, folders.record(run)))
-    return not failed and next(waiting(suite, folders), None) is None
+    if next(waiting(suite, folders), None) is None:
+        return 0
+    return NO_TIME if time.time() > until else 1
 
 
-def _work(run: Run, folders: Folders, device: str) -> None:
+def _work(run: Run, folders: Folders, device: str, until: float) -> None:
     """One run in a process of its own."""
     import torch
 
@@ -151,10 +156,12 @@ def _work(run: Run, folders: Folders, device: str) -> None:
     try:
         before = run.pretraining
         weights = folders.weights_of(run if before is None else before)
-        record = execute(run, folders.data, folders.work / run.name, device, weights)
+        record = execute(run, folders.data, folders.work / run.name, device, weights, until)
         if folders.record(run) is None:  # or only the weights were missing
             folders.records.append(record)
     except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == NO_TIME:
+            raise
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             sys.exit(NO_SPACE)
         reason.write_text(traceback.format_exc(), encoding="utf-8")

@@ -448,3 +448,27 @@ def test_methods_without_a_budget_have_what_the_penalty_leaves(
     record = protocol.execute(run, fashion_mnist.parent, tmp_path / "work", "cpu")
     assert set(record["alive"][-1]) == {"conv1", "conv2", "fc1", "fc2"}
     assert sum(count for count, _ in record["alive"][-1].values()) < record["budget"] == 226
+
+
+def test_a_run_whose_time_is_over_ends_its_epoch_and_goes_on(tmp_path: Path) -> None:
+    run = run_of("gradual magnitude")
+    whole = execute(run, tmp_path)
+    for epoch in range(1, TASK.epochs):
+        with pytest.raises(SystemExit) as ended:
+            protocol.execute(run, tmp_path, tmp_path / "work", "cpu", until=0.0)
+        assert ended.value.code == 75
+        assert epochs_in(tmp_path / "work" / "last.ckpt") == epoch
+    resumed = protocol.execute(run, tmp_path, tmp_path / "work", "cpu", until=0.0)
+    for key in ("validation", "loss", "alive", "test_accuracy"):
+        assert resumed[key] == whole[key], key
+
+
+def test_a_suite_whose_time_is_over_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "small.yaml").write_text(SUITE)
+    called = command(tmp_path, "--minutes", "0")
+    monkeypatch.setattr(sys, "argv", called[called.index("examples.benchmark") :])
+    assert main() == 75
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.endswith(f"python -m examples.benchmark report --suite {tmp_path / 'small.yaml'}")
