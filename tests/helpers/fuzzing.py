@@ -6,7 +6,7 @@ import inspect
 import math
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_wgsef import CubicRamp, Homotopy, Warmup, WGSEFCallback
+from lightning_wgsef import Constant, CubicRamp, Homotopy, Warmup, WGSEFCallback
 from lightning_wgsef.penalties.group_lasso import GroupLasso
 from lightning_wgsef.training.half_space import HalfSpace
 from tests.helpers.networks.fuzz import OPTIMIZERS, Network, fitting, groupings, named, networks
@@ -68,13 +68,22 @@ class Training:
         if "masks" in self.arguments:
             return 0, False
         freeze = self.arguments.get("freeze", "converged")
-        lam = self.arguments.get("lam", Homotopy())
-        early = freeze == "converged" and not isinstance(lam, Homotopy)
-        if freeze == "converged":
-            freeze = 0.75 if early else lam.length
-        if isinstance(freeze, float):
-            freeze = max(1, math.floor(freeze * self.steps + 0.5))
-        return (None, early) if freeze is None or freeze > self.steps else (freeze, early)
+        lam = self.arguments.get("lam")
+        early = freeze == "converged" and isinstance(lam, Constant | Warmup)
+        if freeze is None:
+            return None, early
+        step = last_step(freeze, lam, self.steps)
+        return (None if step > self.steps else step), early
+
+
+def last_step(freeze: Any, lam: Any, steps: int) -> int:
+    """The step at which the mask is fixed at the latest, or what leads up to it has ended."""
+    if freeze is None:
+        return steps
+    if freeze == "converged":
+        homotopy = lam if isinstance(lam, Homotopy) else Homotopy()
+        freeze = 0.75 if isinstance(lam, Constant | Warmup) else homotopy.end
+    return max(1, math.floor(freeze * steps + 0.5)) if isinstance(freeze, float) else freeze
 
 
 class Fuzzed(pl.LightningModule):
@@ -166,8 +175,9 @@ def schedules(steps: int) -> st.SearchStrategy[Any]:
     lams = st.sampled_from((1.0, 100.0, 10.0, 0.1, 0.0))
     return st.one_of(
         st.none(),
-        st.builds(Homotopy, st.sampled_from((1e-4, 0.1, 1.0)), lengths),
+        st.builds(Homotopy, st.sampled_from((None, 1e-4, 0.1, 1.0)), lengths | st.none()),
         lams,
+        st.builds(Constant, lams),
         st.builds(Warmup, lams, lengths),
     )
 
@@ -177,7 +187,13 @@ def callbacks(draw: Any, network: Network, steps: int) -> dict[str, Any]:
     """Arguments of the callback; what does not go together is drawn once in a while."""
     careless = draw(st.integers(0, 19)) == 13  # not at an end, which is drawn more often
     lam = draw(schedules(steps))
-    homotopy = lam is None or isinstance(lam, Homotopy)
+    homotopy = not isinstance(lam, Constant | Warmup)
+    freezes = st.sampled_from(("converged", "converged", "converged", None))
+    freeze = draw(freezes | st.integers(1, steps + 1) | shares())
+    end = last_step(freeze, lam, steps)
+    if not careless and isinstance(freeze, int | float) and isinstance(lam, Homotopy | Warmup):
+        # Nothing ends after the mask is fixed.
+        lam = replace(lam, length=1 if isinstance(lam, Warmup) else None)
     scope = draw(st.sampled_from(("layer", "layer", "layer", "global")))
     costs = draw(st.sampled_from((None, None, None, "params", "flops")))
     grouping = draw(groupings(network))
@@ -194,7 +210,8 @@ def callbacks(draw: Any, network: Network, steps: int) -> dict[str, Any]:
         budgets = st.floats(0.7, 1)
     elif careless or scope == "layer":
         budgets |= st.fixed_dictionaries({"*": budgets})
-    budgets |= st.builds(CubicRamp, budgets, st.integers(1, steps) | shares())
+    lengths = st.integers(1, steps) | shares() if careless else st.integers(1, end)
+    budgets |= st.builds(CubicRamp, budgets, lengths)
     metric = draw(st.sampled_from(("identity", "auto", "group")))
     if scope == "global" and not homotopy and not careless:
         metric = "identity"
@@ -204,8 +221,8 @@ def callbacks(draw: Any, network: Network, steps: int) -> dict[str, Any]:
     debias = None
     if careless or (not homotopy and penalty is None):
         debias = draw(st.sampled_from((None, 1.0, 0.5, 0.0)))
-    half_space = st.builds(HalfSpace, st.sampled_from((0.0, 0.5)), st.integers(1, steps) | shares())
-    freezes = st.sampled_from(("converged", "converged", "converged", None))
+    starts = st.integers(1, steps) | shares() if careless else st.integers(1, max(1, end - 1))
+    half_space = st.builds(HalfSpace, st.sampled_from((0.0, 0.5)), starts)
     drawn = {
         "k": draw(budgets),
         "lam": lam,
@@ -217,9 +234,9 @@ def callbacks(draw: Any, network: Network, steps: int) -> dict[str, Any]:
         "debias": debias,
         "metric": metric,
         "penalty": penalty,
-        "half_space": draw(st.none() | st.none() | half_space),
+        "half_space": draw(st.none() | st.none() | half_space) if careless or end > 1 else None,
         "masks": draw(st.sampled_from((None, None, "from_zeros"))) if network.zeros else None,
-        "freeze": draw(freezes | st.integers(1, steps + 1) | shares()),
+        "freeze": freeze,
     }
     return {name: value for name, value in drawn.items() if value is not None or name == "freeze"}
 

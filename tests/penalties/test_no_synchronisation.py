@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_wgsef import (
     WGSEF,
+    Constant,
     Homotopy,
     envelope_conjugate,
     envelope_value,
@@ -55,9 +56,9 @@ def test_value_gap_and_conjugate() -> None:
         assert function(norms, budgets, segments=segments).shape == (7,)
 
 
-@pytest.mark.parametrize("lam", [Homotopy(length=40), 0.1])
+@pytest.mark.parametrize("lam", [Homotopy(length=40), Constant(0.1)])
 @pytest.mark.parametrize("grouping", ["channel", "filter", "element"])
-def test_whole_step_and_the_numbers_to_log(grouping: str, lam: Homotopy | float) -> None:
+def test_whole_step_and_the_numbers_to_log(grouping: str, lam: Homotopy | Constant) -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 2, 3)
     ).to("meta")
@@ -85,8 +86,8 @@ class Kernels(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("lam", [Homotopy(length=40), 0.1])
-def test_few_kernels(lam: Homotopy | float) -> None:
+@pytest.mark.parametrize("lam", [Homotopy(length=40), Constant(0.1)])
+def test_few_kernels(lam: Homotopy | Constant) -> None:
     """Three for every parameter (two a layer), and some for all of them."""
     counts = []
     for depth in (2, 12):

@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, Phase, event, given, settings
 from torch import Tensor
 
-from lightning_wgsef import WGSEF, Groups, WGSEFCallback
+from lightning_wgsef import WGSEF, Groups, Homotopy, WGSEFCallback
 from lightning_wgsef.training import freezing, pruner
 from lightning_wgsef.training.proximal_step import ProximalStep
 from tests.helpers.fuzzing import (
@@ -245,7 +245,11 @@ def test_whole_trainings(capsys: Any) -> None:
 
 
 SOUND = Training(
-    Network("conv", 6, 6, "batch"), {"k": 0.5}, "adam", precision="bf16-true", interrupt=2
+    Network("conv", 6, 6, "batch"),
+    {"k": 0.5, "lam": Homotopy(1e-4)},
+    "adam",
+    precision="bf16-true",
+    interrupt=2,
 )
 FAULTS: dict[str, tuple[Any, str, Callable[[Any], Any], str]] = {
     "moments are kept": (pruner, "clear_moments", lambda _: lambda *_: None, "check_freeze"),

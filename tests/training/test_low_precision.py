@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEF, Homotopy, prox_multipliers
+from lightning_wgsef import WGSEF, Constant, Homotopy, prox_multipliers
 from tests.helpers.oracles.preconditioned_training import owners, same
 
 STEPS = 1000
@@ -74,7 +74,7 @@ def test_a_thousand_steps_that_rounding_would_lose(dtype, debias):
     lost, start, shrink = plain[1].weight, column_norms(plain[1].weight), SHRINK[dtype]
     norms, bound = start, STEPS * FLOAT32 * float(start.norm())  # norms and what waits: float32
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    regularizer = WGSEF(model, 10, shrink, debias=debias, freeze=None).attach(optimizer)
+    regularizer = WGSEF(model, 10, Constant(shrink), debias=debias, freeze=None).attach(optimizer)
     for _ in range(STEPS):
         old = model[1].weight.detach().clone()
         still(model, optimizer)
@@ -99,7 +99,7 @@ class Watched:
     def __init__(self, model, optimizer, grouping, k, lam):
         self.model, self.lam, self.optimizer = model, lam, optimizer
         optimizer.register_step_post_hook(self.remember)
-        self.regularizer = WGSEF(model, k, lam, grouping, freeze=None).attach(optimizer)
+        self.regularizer = WGSEF(model, k, Constant(lam), grouping, freeze=None).attach(optimizer)
         self.died = self.moved = 0
 
     def remember(self, *_):
@@ -155,7 +155,9 @@ def test_members_of_several_precisions():
 
 @every_dtype
 @pytest.mark.parametrize("step", [still, moving])
-@pytest.mark.parametrize("lam", [0.5, Homotopy(length=60)], ids=["constant", "homotopy"])
+@pytest.mark.parametrize(
+    "lam", [Constant(0.5), Homotopy(1e-4, length=60)], ids=["constant", "homotopy"]
+)
 def test_resume_is_bit_identical(dtype, step, lam):
     def run(numbers, *states):
         model = network(dtype)
@@ -182,7 +184,7 @@ def test_resume_is_bit_identical(dtype, step, lam):
 
 
 @every_dtype
-@pytest.mark.parametrize("lam", [0.5, Homotopy(length=40)], ids=["constant", "homotopy"])
+@pytest.mark.parametrize("lam", [Constant(0.5), Homotopy(length=40)], ids=["constant", "homotopy"])
 @pytest.mark.parametrize("metric", ["identity", "group"])
 def test_the_freeze_leaves_exact_zeros_and_nothing_waits(dtype, lam, metric):
     model = network(dtype)
@@ -206,7 +208,7 @@ def test_the_freeze_leaves_exact_zeros_and_nothing_waits(dtype, lam, metric):
 def test_what_waits_is_applied_at_the_freeze(dtype):
     model = network(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    regularizer = WGSEF(model, 10, SHRINK[dtype], freeze=20).attach(optimizer)
+    regularizer = WGSEF(model, 10, Constant(SHRINK[dtype]), freeze=20).attach(optimizer)
     for _ in range(19):
         still(model, optimizer)
     later, old = waiting(regularizer)[2:], model[1].weight.detach().double()[:, 2:]
@@ -222,8 +224,8 @@ def test_what_waits_is_applied_at_the_freeze(dtype):
 def test_the_diagonal_metric_falls_back_to_that_of_groups(dtype):
     models = network(dtype), network(dtype)
     first, second = (
-        WGSEF(models[0], 4, 0.5, metric="auto"),
-        WGSEF(models[1], 4, 0.5, metric="group"),
+        WGSEF(models[0], 4, Constant(0.5), metric="auto"),
+        WGSEF(models[1], 4, Constant(0.5), metric="group"),
     )
     optimizers = adam(models[0]), adam(models[1])
     with pytest.warns(UserWarning, match=r"metric='auto' .* too coarse for: metric='group'"):
@@ -241,7 +243,7 @@ def test_the_diagonal_metric_falls_back_to_that_of_groups(dtype):
 def test_full_precision_waits_for_nothing(dtype):
     model, shrink = network(dtype), 1e-6
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    regularizer = WGSEF(model, 12, shrink).attach(optimizer)
+    regularizer = WGSEF(model, 12, Constant(shrink)).attach(optimizer)
     for count in range(1, 4):
         still(model, optimizer)
         assert regularizer.state_dict()["attachments"][0]["remainder"] is None
