@@ -3,22 +3,29 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, with_values
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.network.channels import PRODUCERS, Slices, normalises_width, slices
+from lightning_wgsef.network.channels import (
+    PRODUCERS,
+    Slices,
+    channel_sets,
+    normalises_width,
+    slices,
+)
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
 from lightning_wgsef.network.equivalence import differing_layer
 from lightning_wgsef.network.example_input import perturbed
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.network.operations import OPTYPE
-from lightning_wgsef.network.surgery import channel_removal
+from lightning_wgsef.network.surgery import RemovalPlan, channel_removal
 
 _CENTRED = (OPTYPE.BN, OPTYPE.IN)
 
@@ -80,6 +87,61 @@ def as_channels(graph: Graph, layer: GroupedLayer) -> Removable:
     if not obstacle:
         found = Removable(layer, tied, groups, _never(graph, found))
     return found
+
+
+def as_read_channels(graph: Graph, layer: GroupedLayer) -> Removable:
+    """Find the channels that the groups of a layer read, of which it must be the only reader.
+
+    >>> from lightning_wgsef.groupings.per_layer import channel_groups
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> network = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    >>> graph = build_graph(network, torch.ones(1, 4))
+    >>> as_read_channels(graph, channel_groups(network).layers[1]).obstacle
+    ''
+    """
+    (member,) = layer.members
+    path = member.name.rpartition(".")[0]
+    reader = next((module for module, name in graph.names.items() if name == path), None)
+    index = range(member.slices) if member.index is None else member.index.tolist()
+    groups, tied = dict[int, int](), CoupledChannels()
+    sets = [
+        (found, roots)
+        for found in channel_sets(graph)
+        for side, roots in found.tied.positions.items()
+        if side[0].module is reader and not graph.outward(side)
+    ]
+    obstacle = "" if sets else "what it reads is made by no layer that could be cut"
+    for found, _ in sets:
+        others = [name for name in _reader_names(graph, found.tied) if name != path]
+        if others:
+            reads = f"'{others[0]}' reads these channels, too"
+            obstacle = obstacle or f"{reads}; grouping='structure' takes them out of both"
+        if found.is_output:
+            obstacle = obstacle or "what it reads are the network's outputs, too"
+        obstacle = obstacle or found.obstacle
+    if len(sets) > 1:
+        obstacle = obstacle or "it reads the channels of several layers side by side"
+    if sets and not obstacle:
+        found, roots = sets[0]
+        tied = found.tied
+        for place, root in roots.items():
+            # Parts of a grouped convolution are aligned: all show the first of them.
+            group = index[place % len(index)]
+            bundle = tied.bundle[root]
+            if groups.setdefault(bundle, group) != group:
+                pair = f"{groups[bundle]} and {group}"
+                obstacle = obstacle or f"groups {pair} can only go together"
+        if len(set(groups.values())) < layer.count:
+            obstacle = obstacle or "not all that it reads is made by a layer that could be cut"
+    return Removable(layer, tied, groups, obstacle)
+
+
+def _reader_names(graph: Graph, tied: CoupledChannels) -> list[str]:
+    return [
+        graph.names[node.module]
+        for node, handler in tied.positions
+        if node.type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward((node, handler))
+    ]
 
 
 def cause_of_leak(graph: Graph, found: Removable) -> str:
@@ -160,18 +222,18 @@ def _of_zero(module: nn.Module) -> float:
 
 
 # Groupings whose groups hold what reads them, so that a zero group adds nothing.
-BY_CONSTRUCTION = ("channel", "head", "hidden", "layer")
+_UNITS = ("head", "hidden")
 
 
 def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dict[str, str]:
     """Try, layer by layer, whether zero groups can be taken out without changing the outputs.
 
     On copies whose parameters and statistics are drawn at random (a fresh network's zero biases
-    hide every leak), half of the groups of each layer are set to zero in one, and their channels
-    are cut out of the other; on ``example_input``, what their layers and the networks return must
-    agree to 1e-5 of the largest.
-    Channels, heads, hidden units and residual blocks need no run: their groups hold what reads
-    them.
+    hide every leak), half of the groups of each layer are set to zero in one, and taken out of the
+    other; on ``example_input``, what their layers and the networks return must agree to 1e-5 of the
+    largest. Of heads, hidden units and channels that are read only what reads them is set to zero:
+    a network in which that is not enough does not have them where they were looked for. Residual
+    blocks were found by such a trial.
 
     Args:
         model: any module; it is copied, not touched.
@@ -190,13 +252,25 @@ def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dic
     {'0': "'1' (Sigmoid) turns 0 into 0.5", '2': ''}
     """
     causes = {layer.name: "" for layer in groups.layers if layer.removable}
-    doubtful = _doubtful(groups)
-    if not doubtful:
-        return causes
-    trial = _Trial(model, example_input)
-    found = [as_channels(trial.graph, layer) for layer in doubtful]
-    causes.update({x.layer.name: x.obstacle for x in found})
-    causes.update(_failures(trial, [x for x in found if not x.obstacle]))
+    units, channels = _doubtful(groups)
+    if units or channels:
+        trial = _Trial(perturbed(model), example_input)
+        causes.update(_failures(trial.units, units))
+    if channels:
+        graph = build_graph(model, example_input)
+        found = [
+            as_read_channels(graph, layer)
+            if layer.grouping == "channel"
+            else as_channels(graph, layer)
+            for layer in channels
+        ]
+        causes.update({x.layer.name: x.obstacle for x in found})
+        pending = {x.layer.name: x for x in found if not x.obstacle}
+
+        def failure(layers: list[GroupedLayer]) -> str:
+            return trial.channels(graph, [pending[layer.name] for layer in layers])
+
+        causes.update(_failures(failure, [x.layer for x in pending.values()]))
     return causes
 
 
@@ -211,10 +285,12 @@ def with_invariance(model: nn.Module, groups: Groups, example_input: Any) -> Gro
     >>> groups.layers[0].obstacle
     "LayerNorm '1' normalises over these channels"
     """
-    try:
-        causes = zero_invariance(model, groups, example_input)
-    except ValueError as error:
-        causes = {layer.name: f"not known: {error}" for layer in _doubtful(groups)}
+    causes = {}
+    for layers in _doubtful(groups):
+        try:
+            causes.update(zero_invariance(model, Groups(layers), example_input))
+        except ValueError as error:
+            causes.update({layer.name: f"not known: {error}" for layer in layers})
     layers = []
     for layer in groups.layers:
         cause = causes.get(layer.name, "")
@@ -222,57 +298,90 @@ def with_invariance(model: nn.Module, groups: Groups, example_input: Any) -> Gro
     return Groups(layers, groups.left_out, float(groups.budgets[0]) if groups.is_global else None)
 
 
-def _doubtful(groups: Groups) -> list[GroupedLayer]:
-    """List the layers that claim to be removable, and have to prove it."""
-    return [x for x in groups.layers if x.removable and x.grouping not in BY_CONSTRUCTION]
+def _doubtful(groups: Groups) -> tuple[list[GroupedLayer], list[GroupedLayer]]:
+    """List the layers that claim to be removable, and have to prove it: units, and channels."""
+    claiming = [x for x in groups.layers if x.removable and x.grouping != "layer"]
+    units = [x for x in claiming if x.grouping in _UNITS]
+    return units, [x for x in claiming if x.grouping not in _UNITS]
 
 
-def _failures(trial: _Trial, found: list[Removable]) -> dict[str, str]:
+def _failures(
+    failure_of: Callable[[list[GroupedLayer]], str], layers: list[GroupedLayer]
+) -> dict[str, str]:
     """Find the layers that fail, with the cause: by halves where all at once fail."""
-    failure = trial.failure(found) if found else ""
+    failure = failure_of(layers) if layers else ""
     if not failure:
         return {}
-    if len(found) == 1:
-        return {found[0].layer.name: failure}
-    middle = len(found) // 2
-    failures = _failures(trial, found[:middle]) | _failures(trial, found[middle:])
-    return failures or {x.layer.name: failure for x in found}
+    if len(layers) == 1:
+        return {layers[0].name: failure}
+    middle = len(layers) // 2
+    failures = _failures(failure_of, layers[:middle]) | _failures(failure_of, layers[middle:])
+    return failures or {layer.name: failure for layer in layers}
 
 
 class _Trial:
-    """Network to try removals on: a copy with random biases, scales and statistics."""
+    """Network to try removals on.
 
-    def __init__(self, model: nn.Module, example_input: Any) -> None:
-        self.graph = build_graph(model, example_input)
-        self.example_input = example_input
-        self.network = perturbed(model)
+    Args:
+        network: a copy with random biases, scales and statistics.
+        example_input: what it is run on.
+    """
+
+    def __init__(self, network: nn.Module, example_input: Any) -> None:
+        self.network, self.example_input = network, example_input
         self.generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
-    def failure(self, found: list[Removable]) -> str:
+    def units(self, layers: list[GroupedLayer]) -> str:
+        """Say how the outputs without half of the heads or hidden units differ."""
+        zeroed = copy.deepcopy(self.network)
+        units = []
+        for layer in layers:
+            dead = self._half(layer)
+            _zero(zeroed, layer, dead, readers=True)
+            mask = torch.zeros(layer.count, dtype=torch.bool)
+            units.append((layer, mask.index_fill_(0, dead, True)))
+        failures = [
+            self._difference(zeroed, unit_removal(self.network, units, widths=widths))
+            for widths in (False, True)
+        ]
+        return failures[0] and failures[1] and failures[0]
+
+    @torch.no_grad()
+    def channels(self, graph: Graph, found: list[Removable]) -> str:
         """Say how the outputs with half of the groups zero, and with their channels cut, differ."""
-        zeroed, slim = copy.deepcopy(self.network), copy.deepcopy(self.network)
-        removals = []
+        zeroed, removals = copy.deepcopy(self.network), []
         for x in found:
             if x.layer.count < 2:
                 return "it has one group"
-            dead = torch.randperm(x.layer.count, generator=self.generator)[: x.layer.count // 2]
+            dead = self._half(x.layer)
             _zero(zeroed, x.layer, dead)
             removals.append((x.tied, x.bundles(dead)))
-        plan = channel_removal(self.graph, removals)
-        plan.apply(slim)
+        failure = self._difference(zeroed, channel_removal(graph, removals))
+        causes = [cause_of_leak(graph, x) for x in found] if failure == _CHANGED else []
+        return next(filter(None, causes[:1]), failure)
+
+    def _half(self, layer: GroupedLayer) -> Tensor:
+        return torch.randperm(layer.count, generator=self.generator)[: layer.count // 2]
+
+    def _difference(self, zeroed: nn.Module, plan: RemovalPlan) -> str:
+        small = copy.deepcopy(self.network)
         try:
-            if not differing_layer(zeroed, slim, self.example_input, plan):
-                return ""
+            plan.apply(small)
+            differs = differing_layer(zeroed, small, self.example_input, plan)
         except ValueError as error:
             return f"the network does not run without them: {error.__cause__ or error}"
-        causes = [cause_of_leak(self.graph, x) for x in found]
-        return causes[0] or "the outputs change when zero groups are taken out"
+        return _CHANGED if differs else ""
 
 
-def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor) -> None:
+_CHANGED = "the outputs change when zero groups are taken out"
+
+
+def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor, *, readers: bool = False) -> None:
+    """Set groups to zero, or with ``readers`` the last of their members, which reads them."""
     parameters = {canonical_name(name): p for name, p in network.named_parameters()}
-    groups = Groups(with_values([layer], parameters))
+    own = replace(layer, members=layer.members[-1:]) if readers else layer
+    groups = Groups(with_values([own], parameters))
     factors = torch.ones(layer.count, device=groups.device)
     factors[dead] = 0
     groups.scale_(factors)

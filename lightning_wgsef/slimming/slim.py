@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
+from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.network.dependency_graph import Graph, build_graph
 from lightning_wgsef.network.equivalence import check_outputs, differing_layer
 from lightning_wgsef.network.example_input import (
@@ -29,7 +30,7 @@ from lightning_wgsef.network.layers import canonical_name, unwrap
 from lightning_wgsef.network.residual import residual_blocks
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, check_optimizer
 from lightning_wgsef.slimming.dead_channels import DeadChannels, dead_channels, has_zero_channels
-from lightning_wgsef.slimming.dead_units import dead_units, unit_removal
+from lightning_wgsef.slimming.dead_units import DeadUnits, dead_units
 
 _Candidate = TypeVar("_Candidate")
 
@@ -177,7 +178,12 @@ class _Slimmer:
             self.kept = dict(blocks)  # what stays for a reason is tried again in every round
             for groups in (head_groups(self.network), hidden_groups(self.network)):
                 units = {found.layer.name: found for found in dead_units(groups)}
-                self._take(units, lambda found: unit_removal(self.network, found))
+                for widths in (False, True):
+                    before = dict(self.kept)
+                    for name in self._take(units, partial(_units_plan, self.network, widths)):
+                        del units[name]
+                        before.pop(name, None)
+                    self.kept.update(before)  # the first reason is the plainer one
             if not has_zero_channels(self.network):
                 continue
             try:
@@ -209,13 +215,14 @@ class _Slimmer:
         self,
         candidates: Mapping[str, _Candidate],
         plan_of: Callable[[Sequence[_Candidate]], RemovalPlan],
-    ) -> None:
-        """Take out all candidates that pass the trial."""
+    ) -> list[str]:
+        """Take out all candidates that pass the trial, and name them."""
         good = self._passing(candidates, plan_of)
         plan = plan_of([candidates[name] for name in good])
         if plan:
             plan.apply(self.network)
             self.plans.append(plan)
+        return good
 
     def _passing(
         self,
@@ -256,6 +263,10 @@ def _without_bias(network: nn.Module) -> set[str]:
         for name, module in network.named_modules()
         if getattr(module, "weight", None) is not None and getattr(module, "bias", 0) is None
     }
+
+
+def _units_plan(network: nn.Module, widths: bool, dead: Iterable[DeadUnits]) -> RemovalPlan:
+    return unit_removal(network, [(x.layer, x.dead) for x in dead], widths=widths)
 
 
 def _channels_plan(graph: Graph, dead: Iterable[DeadChannels]) -> RemovalPlan:
