@@ -102,7 +102,6 @@ def as_read_channels(graph: Graph, layer: GroupedLayer) -> Removable:
     (member,) = layer.members
     path = member.name.rpartition(".")[0]
     reader = next((module for module, name in graph.names.items() if name == path), None)
-    index = range(member.slices) if member.index is None else member.index.tolist()
     groups, tied = dict[int, int](), CoupledChannels()
     sets = [
         (found, roots)
@@ -125,12 +124,9 @@ def as_read_channels(graph: Graph, layer: GroupedLayer) -> Removable:
         found, roots = sets[0]
         tied = found.tied
         for place, root in roots.items():
-            # Parts of a grouped convolution are aligned: all show the first of them.
-            group = index[place % len(index)]
-            bundle = tied.bundle[root]
-            if groups.setdefault(bundle, group) != group:
-                pair = f"{groups[bundle]} and {group}"
-                obstacle = obstacle or f"groups {pair} can only go together"
+            first = groups.setdefault(tied.bundle[root], place)
+            if first != place:
+                obstacle = obstacle or f"groups {first} and {place} can only go together"
         if len(set(groups.values())) < layer.count:
             obstacle = obstacle or "not all that it reads is made by a layer that could be cut"
     return Removable(layer, tied, groups, obstacle)
