@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.groupings.layout_proof import proved_layouts
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member, input_member, output_members
@@ -31,60 +34,148 @@ _TORCH_PLACES: tuple[tuple[str, int, tuple[str, ...]], ...] = (
 )
 
 
-def head_groups(model: nn.Module) -> Groups:
+def head_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     """Group the rows of Q, K and V that make one attention head, and its columns of the output.
 
     A head that is zero adds nothing to the output; the bias of the output belongs to no head. Where
     several heads of queries share one of keys and values (grouped-query attention), they are one
-    group with it, so that there are as many groups as heads of keys and values. What all heads
-    share, such as a norm over the width of one head, belongs to no group.
+    group with it, so that there are as many groups as heads of keys and values; where all share one
+    (multi-query attention), the module is left out. What all heads share, such as a norm over the
+    width of one head, belongs to no group.
 
     Found are `nn.MultiheadAttention` and modules whose layers have the names in `PROJECTIONS` (see
     `register_projections` for others). The number of heads comes from attributes of the module or
-    of its ``config``, and must fit the shapes of the weights; modules where it does not are left
-    out.
+    of its ``config``, and must fit the shapes of the weights. With an example input the layout is
+    proved: with the columns of half of the heads at zero, their rows may be anything. Modules for
+    which no layout passes are left out.
+
+    Args:
+        model: any module; it is copied, not touched.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
 
     >>> groups = head_groups(nn.TransformerEncoderLayer(8, nhead=2))
     >>> print(groups)
     layer      grouping  groups  weights each  budget  removable
     self_attn      head       2           140       -        yes
     """
-    layers, left_out = [], {}
+    found: dict[str, GroupedLayer] = {}
+    pending: dict[str, list[GroupedLayer]] = {}
+    left_out: dict[str, str] = {}
+    names = []
     for block in attention_blocks(model):
+        names.append(block.name)
         try:
-            layers.append(_heads(block))
+            layouts = _layouts(block)
         except _UnfitError as reason:
             left_out[block.name] = str(reason)
-    return Groups(layers, left_out)
+            continue
+        if isinstance(block.module, nn.MultiheadAttention):
+            (found[block.name],) = layouts
+        elif example_input is not None:
+            # Whatever may stand against taking heads out is tried, too.
+            pending[block.name] = [replace(layer, removable=True) for layer in layouts]
+        elif block.by_kind and layouts[0].obstacle != _UNPROVED:
+            found[block.name] = layouts[0]
+        else:
+            left_out[block.name] = _UNPROVED
+    if pending:
+        proved, wrong = proved_layouts(model, example_input, pending)
+        found.update(proved)
+        left_out.update({name: reason or _NO_LAYOUT for name, reason in wrong.items()})
+    return Groups([found[name] for name in names if name in found], left_out)
 
 
 class _UnfitError(Exception):
     """Reason why the heads of a module cannot be grouped."""
 
 
-def _heads(block: AttentionBlock) -> GroupedLayer:
+_UNPROVED = (
+    "whether its fused layer holds its heads one after another or queries, keys and values is not "
+    "known without an example_input, on which that is tried"
+)
+
+
+_NO_LAYOUT = (
+    "its heads are not where they were looked for, in every layout that its shapes allow, by head "
+    "and by kind: what would be one of them has an effect on others"
+)
+
+
+def _layouts(block: AttentionBlock) -> list[GroupedLayer]:
+    """Groups of the heads of a module in every layout that its shapes allow, the plainest first."""
     if block.problem:
         raise _UnfitError(block.problem)
-    members = []
     if isinstance(block.module, nn.MultiheadAttention):
-        heads = count = block.module.num_heads
-        widths = dict.fromkeys(ROLES, heads * block.module.head_dim)
+        count, members = block.module.num_heads, []
+        widths = dict.fromkeys(ROLES, count * block.module.head_dim)
         for name, axis, roles in _TORCH_PLACES:
             parameter = getattr(block.module, name)
             if parameter is not None:
                 path = f"{block.name}.{name}".lstrip(".")
                 index = _owners(roles, widths, count, parameter)
                 members.append(Member(path, parameter, (axis,), index))
-    else:
+        return [_grouped(block, count, members)]
+    fused = len({block.layers[role].name for role in ROLES}) < len(ROLES)
+    found, reason = [], ""
+    try:
         widths = _widths(block)
         heads, count = _counts(block, widths)
-        for layer in dict.fromkeys(block.layers[role] for role in ROLES):
-            roles = tuple(role for role in ROLES if block.layers[role] is layer)
-            members += output_members(layer, _owners(roles, widths, count, layer.weight))
+        for parts in range(1, count + 1 if fused else 2):
+            if count % parts == 0:
+                found.append(_laid(block, count, widths, parts))
+    except _UnfitError as error:
+        reason = str(error)
+    if found and found[0].count == 1 < heads:
+        raise _UnfitError(
+            f"its {heads} heads share one head of keys and values (multi-query attention): they "
+            "can only go together"
+        )
+    if not found and fused:
+        found += _side_by_side(block)
+    if not found:
+        raise _UnfitError(reason)
+    return found
+
+
+def _laid(block: AttentionBlock, count: int, widths: dict[str, int], parts: int) -> GroupedLayer:
+    """Heads of fused layers in parts, each with its queries, then its keys, then its values."""
+    members = []
+    for layer in dict.fromkeys(block.layers[role] for role in ROLES):
+        roles = tuple(role for role in ROLES if block.layers[role] is layer)
+        own = parts if len(roles) > 1 else 1
+        less = {role: width // own for role, width in widths.items()}
+        one = _owners(roles, less, count // own, layer.weight)
+        index = torch.cat([one + part * (count // own) for part in range(own)])
+        members += output_members(layer, index)
+    return _grouped(block, count, members)
+
+
+def _side_by_side(block: AttentionBlock) -> list[GroupedLayer]:
+    """Heads one after another in every layer, whatever the widths of their parts are."""
+    told = [
+        _number(block, names, config=config)
+        for names in (KEY_VALUE_HEADS, HEADS)
+        for config in (False, True)
+    ]
+    layers = list(dict.fromkeys(block.layers[role] for role in ROLES))
+    found = []
+    for count in dict.fromkeys(number for number in told if number > 1):
+        sizes = [*(layer.outputs for layer in layers), block.layers["output"].inputs]
+        if not any(size % count for size in sizes):
+            members = []
+            for layer in layers:
+                rows = torch.arange(layer.outputs, device=layer.weight.device)
+                index = rows.div(layer.outputs // count, rounding_mode="floor")
+                members += output_members(layer, index)
+            found.append(replace(_grouped(block, count, members), obstacle=_UNPROVED))
+    return found
+
+
+def _grouped(block: AttentionBlock, count: int, members: list[Member]) -> GroupedLayer:
     output = block.layers["output"]
     columns = _owners(("output",), {"output": output.inputs}, count, output.weight)
-    members.append(input_member(output, columns))
-    obstacle = _obstacle(block, widths, heads)
+    members = [*members, input_member(output, columns)]
+    obstacle = _obstacle(block, count)
     return GroupedLayer(
         block.name, "head", count, tuple(members), removable=not obstacle, obstacle=obstacle
     )
@@ -167,11 +258,12 @@ def _number(block: AttentionBlock, names: Iterable[str], *, config: bool) -> int
     return 0
 
 
-def _obstacle(block: AttentionBlock, widths: dict[str, int], heads: int) -> str:
+def _obstacle(block: AttentionBlock, count: int) -> str:
     """Say why zero heads cannot be taken out of the module; "" if they can."""
-    if isinstance(block.module, nn.MultiheadAttention) or heads == 1:
+    if isinstance(block.module, nn.MultiheadAttention):
         return ""
-    whole = {*widths.values(), block.layers["output"].inputs}
+    heads = _number(block, HEADS, config=False) or _number(block, HEADS, config=True) or count
+    whole = {*(layer.outputs for layer in block.layers.values()), block.layers["output"].inputs}
     projections = [layer.module for layer in block.layers.values()]
     for place in dict.fromkeys([block.module, block.holder]):
         children = list(place.named_children())
@@ -188,7 +280,7 @@ def _obstacle(block: AttentionBlock, widths: dict[str, int], heads: int) -> str:
                     return f"{type(child).__name__} '{name}' normalises over all heads"
                 continue
             for parameter_name, parameter in parameters.items():
-                if heads in parameter.shape:
+                if heads > 1 and heads in parameter.shape:
                     path = f"{name}.{parameter_name}".lstrip(".")
                     return f"'{path}' has an entry for every head"
     return ""

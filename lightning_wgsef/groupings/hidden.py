@@ -5,9 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from lightning_wgsef.groupings.layout_proof import proved_layouts
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member, input_member, output_members
@@ -38,12 +41,18 @@ class _Step:
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Dense layers that make the hidden units, the one that reads them, and what lies between."""
+    """Dense layers that make the hidden units, the one that reads them, and what lies between.
+
+    Attributes:
+        problem: why they cannot be grouped; "" if they can.
+        doubt: what is not known of them without a trial; "" if nothing.
+    """
 
     ups: tuple[DenseLayer, ...]
     down: DenseLayer
     between: tuple[_Step, ...]
     problem: str
+    doubt: str
 
     @property
     def layers(self) -> tuple[DenseLayer, ...]:
@@ -51,7 +60,7 @@ class _Block:
         return (*self.ups, self.down)
 
 
-def hidden_groups(model: nn.Module) -> Groups:
+def hidden_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     """Group what makes and what reads one hidden unit of an MLP block.
 
     That is a row of the first dense layer with its bias, and a column of the second; in gated
@@ -64,7 +73,13 @@ def hidden_groups(model: nn.Module) -> Groups:
     each other. Elsewhere the order of execution is unknown: layers are taken in order of
     definition, and the first must not be square, so that the two cannot read the same input. Blocks
     do not overlap: where they would, the first counts and the next is left out. Layers of attention
-    modules are no hidden layers.
+    modules are no hidden layers. A fused gate, a first layer with twice as many outputs as the
+    second reads, and what the order of definition leaves open need an example input, on which the
+    units are proved: with the columns of half of them at zero, their rows may be anything.
+
+    Args:
+        model: any module; it is copied, not touched.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
 
     >>> groups = hidden_groups(nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4)))
     >>> print(groups)
@@ -72,27 +87,52 @@ def hidden_groups(model: nn.Module) -> Groups:
     0        hidden      16             9       -        yes
     """
     hidden = dense_layers(model)
-    for block in attention_blocks(model):
+    for attention in attention_blocks(model):
         # A module that holds more than attention lends only its projections.
-        whole = block.problem or "attention" in type(block.module).__name__.lower()
-        projections = [layer.module for layer in block.layers.values()]
-        for module in block.module.modules() if whole else projections:
+        whole = attention.problem or "attention" in type(attention.module).__name__.lower()
+        projections = [layer.module for layer in attention.layers.values()]
+        for module in attention.module.modules() if whole else projections:
             hidden.pop(module, None)
-    layers: list[GroupedLayer] = []
+    found: dict[str, GroupedLayer] = {}
+    pending: dict[str, list[GroupedLayer]] = {}
     left_out: dict[str, str] = {}
     owners: dict[DenseLayer, str] = {}
     for raw, parent in model.named_modules():
-        for found in _blocks(_steps(canonical_name(raw), parent, hidden), parent):
-            name = found.ups[0].name
-            shared = [owners[x] for x in found.layers if x in owners]
+        for block in _blocks(_steps(canonical_name(raw), parent, hidden), parent):
+            name = block.ups[0].name
+            shared = [owners[x] for x in block.layers if x in owners]
             if shared:
                 left_out[name] = f"its units would share weights with those of '{shared[0]}'"
-            elif found.problem:
-                left_out[name] = found.problem
+                continue
+            if block.problem or (block.doubt and example_input is None):
+                left_out[name] = block.problem or block.doubt
+                continue
+            if block.doubt:
+                pending[name] = _layouts(block)
+                left_out[name] = block.doubt  # until it is proved
             else:
-                layers.append(_units(found))
-                owners.update(dict.fromkeys(found.layers, name))
-    return Groups(layers, left_out)
+                found[name] = _units(block)
+            owners.update(dict.fromkeys(block.layers, name))
+    if pending:
+        proved, wrong = proved_layouts(model, example_input, pending)
+        found.update(proved)
+        left_out.update({name: why or f"{left_out[name]}, {_TRIED}" for name, why in wrong.items()})
+    order = [layer.name for layer in hidden.values() if layer.name in found]
+    return Groups(
+        [found[name] for name in order], {n: x for n, x in left_out.items() if n not in found}
+    )
+
+
+_TRIED = "and on example_input it acts like no layer of hidden units"
+
+
+def _layouts(block: _Block) -> list[GroupedLayer]:
+    """Groups of the units where a fused gate holds both halves one after another, or in turn."""
+    width, rows = block.down.inputs, torch.arange(block.ups[0].outputs)
+    if len(rows) == width:
+        return [_units(block)]
+    device = block.ups[0].weight.device
+    return [_units(block, index.to(device)) for index in (rows % width, rows // 2)]
 
 
 def _steps(name: str, parent: nn.Module, hidden: Layers) -> list[_Step]:
@@ -163,22 +203,23 @@ def _block(
         between += [step for step in others if _norm_width(step.module) == width]
     between = [x for x in between if not _is_norm(x.module) or _norm_width(x.module) in (0, width)]
     problem = next((f"'{x.name}': {x.problem}" for x in (*ups, down) if x.problem), "")
+    doubt = ""
     if len(ups) == 1 and not isinstance(parent, _IN_ORDER) and ups[0].inputs == width:
-        problem = problem or (
+        doubt = (
             f"'{down.name}' may read its outputs or its inputs: both are {width}, and outside of "
             "nn.Sequential nothing tells which"
         )
     if ups[0].outputs != width:
-        problem = f"its {ups[0].outputs} outputs are twice what '{down.name}' reads (a fused gate)"
+        doubt = f"its {ups[0].outputs} outputs are twice what '{down.name}' reads (a fused gate)"
     for step in between:
         if not _is_norm(step.module) and not _acts_per_unit(step.module, width):
-            problem = problem or (
+            doubt = doubt or (
                 f"between it and '{down.name}' is {type(step.module).__name__} '{step.name}', "
                 "which may not act on every unit alone"
             )
         if is_lazy(getattr(step.module, "weight", None)):
             problem = problem or f"'{step.name}' has no shape yet: run one forward pass first"
-    return _Block(tuple(ups), down, tuple(between), problem)
+    return _Block(tuple(ups), down, tuple(between), problem, doubt)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -205,9 +246,9 @@ def _acts_per_unit(module: nn.Module, width: int) -> bool:
     return not file.startswith("torch.nn.") or file in _PER_UNIT or isinstance(module, nn.Identity)
 
 
-def _units(block: _Block) -> GroupedLayer:
+def _units(block: _Block, index: Tensor | None = None) -> GroupedLayer:
     width, obstacle = block.down.inputs, ""
-    members = [member for layer in block.ups for member in output_members(layer)]
+    members = [member for layer in block.ups for member in output_members(layer, index)]
     for step in block.between:
         if _is_norm(step.module) and not isinstance(step.module, _BatchNorm):
             kind = type(step.module).__name__

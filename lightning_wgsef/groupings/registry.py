@@ -45,6 +45,12 @@ _AT_THE_ENDS: dict[str, Callable[[nn.Module, Interface | None], Groups]] = {
     "filter": filter_groups,
 }
 
+# Groupings that prove with an example input, where there is one, what they found.
+_PROVED: dict[str, Callable[[nn.Module, Any], Groups]] = {
+    "head": head_groups,
+    "hidden": hidden_groups,
+}
+
 # Groupings that need an example input.
 TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
     "layer": branch_groups,
@@ -105,6 +111,8 @@ def find_groups(
         return TRACED[grouping](model, example_input)
     if grouping in _AT_THE_ENDS:
         return _AT_THE_ENDS[grouping](model, interface)
+    if grouping in _PROVED:
+        return _PROVED[grouping](model, example_input)
     maker = _maker(grouping)
     assert maker is not None  # `check_grouping` has seen to it
     return maker(model)

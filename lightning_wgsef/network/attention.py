@@ -26,19 +26,21 @@ _TORCH_PARAMETERS = (*_TORCH_WEIGHTS, "in_proj_bias", "bias_k", "bias_v")
 class ProjectionNames:
     """Where an attention module keeps its dense layers, as paths from the module.
 
-    One path for several of query, key and value is a fused layer, whose outputs are all heads of
-    the queries, then all of the keys, then all of the values. (Layers that put the three of every
-    head side by side, as in GPT-NeoX, are not supported.)
+    One path for several of query, key and value is a fused layer. With an example input it is tried
+    how its outputs lie: all heads of the queries, then all of the keys, then all of the values, or
+    the three of every head (or of some of them) side by side. Without one, ``by_kind`` says whether
+    the first may be taken for granted.
     """
 
     query: str
     key: str
     value: str
     output: str
+    by_kind: bool = True
 
 
-def _fused(projection: str, output: str) -> ProjectionNames:
-    return ProjectionNames(projection, projection, projection, output)
+def _fused(projection: str, output: str, *, by_kind: bool = True) -> ProjectionNames:
+    return ProjectionNames(projection, projection, projection, output, by_kind)
 
 
 # The names that are tried on every module, the first that fit count.
@@ -58,6 +60,17 @@ PROJECTIONS: list[ProjectionNames] = [
     _fused("Wqkv", "out_proj"),  # MPT
     ProjectionNames("q_attn", "c_attn", "c_attn", "c_proj"),  # GPT-2, cross-attention
     _fused("c_attn", "c_proj"),  # GPT-2
+    _fused("query_key_value", "dense", by_kind=False),  # GPT-NeoX, Falcon, BLOOM, Persimmon
+    _fused("qkv_proj", "out_proj", by_kind=False),  # CodeGen
+    _fused("qkv", "out_proj", by_kind=False),  # monai
+    _fused("to_qkv", "to_out.0", by_kind=False),  # vit-pytorch
+    _fused("to_qkv", "to_out", by_kind=False),
+    ProjectionNames("to_q", "to_kv", "to_kv", "to_out.0", by_kind=False),
+    ProjectionNames("to_q", "to_kv", "to_kv", "to_out", by_kind=False),
+    ProjectionNames("to_q", "to_k", "to_v", "to_out.0"),  # diffusers
+    ProjectionNames("to_q", "to_k", "to_v", "to_out"),  # x-transformers
+    ProjectionNames("q_b_proj", "kv_b_proj", "kv_b_proj", "o_proj", by_kind=False),  # DeepSeek
+    ProjectionNames("q_proj", "kv_b_proj", "kv_b_proj", "o_proj", by_kind=False),
 ]
 
 
@@ -131,6 +144,7 @@ class AttentionBlock:
         problem: why its heads cannot be grouped; "" if nothing is known against it.
         layers: its dense layers by role: "query", "key", "value" (of torch's module these are
             parameters, not layers) and "output"; a fused layer has several roles.
+        by_kind: whether a fused layer may be taken to hold all queries, then keys, then values.
     """
 
     name: str
@@ -138,6 +152,7 @@ class AttentionBlock:
     holder: nn.Module
     problem: str = ""
     layers: dict[str, DenseLayer] = field(default_factory=dict)
+    by_kind: bool = True
 
 
 def dense_layers(model: nn.Module) -> dict[nn.Module, DenseLayer]:
@@ -176,7 +191,8 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
             paths = {role: getattr(names, role) for role in (*ROLES, "output")}
             found = {role: _inner(module, path) for role, path in paths.items()}
             layers = {role: layer for role, layer in found.items() if layer is not None}
-            if len(layers) == 4 and not used.intersection(layers.values()):
+            is_module = isinstance(layers.get("output"), nn.Sequential | nn.ModuleList)
+            if len(layers) == 4 and not is_module and not used.intersection(layers.values()):
                 yield _named_block(name, module, names, layers, dense)
                 used.update(layers.values())
                 break
@@ -252,7 +268,7 @@ def _named_block(
     path, _, _ = names.query.rpartition(".")
     holder = (_inner(module, path) if path else None) or module
     layers = {} if problem else {role: dense[x] for role, x in found.items()}
-    return AttentionBlock(name, module, holder, problem, layers)
+    return AttentionBlock(name, module, holder, problem, layers, names.by_kind)
 
 
 def _layer_problem(path: str, module: nn.Module, dense: dict[nn.Module, DenseLayer]) -> str:

@@ -176,7 +176,8 @@ class _Slimmer:
         while count < len(self.plans):
             count = len(self.plans)
             self.kept = dict(blocks)  # what stays for a reason is tried again in every round
-            for groups in (head_groups(self.network), hidden_groups(self.network)):
+            for find in (head_groups, hidden_groups):
+                groups = find(self.network, self.examples[0])
                 units = {found.layer.name: found for found in dead_units(groups)}
                 for widths in (False, True):
                     before = dict(self.kept)

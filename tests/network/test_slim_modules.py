@@ -8,14 +8,15 @@ import torch
 from torch import nn
 
 from lightning_wgsef.groupings.head import head_groups
+from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.network.slim_modules import Skip, SlimAttention
-from lightning_wgsef.slimming.dead_units import dead_units, unit_removal
+from lightning_wgsef.slimming.dead_units import dead_units
 from tests.helpers.groups import without
 from tests.helpers.networks.transformers import drawn, given
 
 
 def head_removal(model):
-    return unit_removal(model, dead_units(head_groups(model)))
+    return unit_removal(model, [(x.layer, x.dead) for x in dead_units(head_groups(model))])
 
 
 KINDS = {
