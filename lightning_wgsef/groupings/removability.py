@@ -336,9 +336,9 @@ class _Trial:
                 self._half(x) if drawn else torch.arange(0, x.count, 2)[: x.count // 2]
                 for x in layers
             ]
-            failures = [self._without(layers, halves, widths=widths) for widths in (False, True)]
-            if all(failures):
-                return failures[0]
+            failure = self._without(layers, halves, widths=False)
+            if failure and self._without(layers, halves, widths=True):
+                return failure
         return ""
 
     def _without(self, layers: list[GroupedLayer], dead: list[Tensor], *, widths: bool) -> str:

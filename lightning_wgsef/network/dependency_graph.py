@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch_pruning  # type: ignore[import-untyped]
@@ -24,6 +24,7 @@ from lightning_wgsef.network.example_input import (
     run_example,
     tensors,
 )
+from lightning_wgsef.network.index_mapping import Index, infer_sizes, map_parts, part_size
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.network.operations import (
     HEAD,
@@ -40,16 +41,6 @@ Node = Any
 
 # A node of torch-pruning's graph and the function that would prune its inputs or its outputs.
 Side = tuple[Node, Callable[..., Any]]
-
-
-class _Index(NamedTuple):
-    """A position at one side, and the channel of the root that it is tied to.
-
-    torch-pruning's own index is private; its mappings read these two names and nothing else.
-    """
-
-    idx: int
-    root_idx: int | None
 
 
 @dataclass(eq=False)
@@ -115,7 +106,7 @@ class Graph:
         """Everything that output channels of a module of the copy are tied to."""
         start = self.engine.get_pruner_of_module(module).prune_out_channels
         found, joined = CoupledChannels(), _Joined(channels)
-        indices = [_Index(idx=channel, root_idx=channel) for channel in joined.parent]
+        indices = [Index(idx=channel, root_idx=channel) for channel in joined.parent]
         waiting = [((self.engine.module2node[module], start), indices)]
         circular = False  # a wrong mapping in a circle counts up for ever
         while waiting:
@@ -144,12 +135,23 @@ class Graph:
                     if mapped:
                         waiting.append(((dependency.target, dependency.handler), mapped))
         found.positions = {side: known for side, known in found.positions.items() if known}
+        for (node, _), known in found.positions.items():
+            # A chunk is as wide as the others: parts lose the same places.
+            size = part_size(node)
+            for place, root in known.items() if size else ():
+                joined.join(known.get(place % size, root), root)
         found.bundle = joined.numbers()
         for side, known in found.positions.items():
             found.obstacle = found.obstacle or self._obstacle(side, known)
         if circular:
             found.obstacle = found.obstacle or "torch-pruning loses track of its channels"
+        if not self._has_attention:
+            found.obstacle = found.obstacle.replace(f": {HEAD}", "")
         return found
+
+    @cached_property
+    def _has_attention(self) -> bool:
+        return any("attention" in type(module).__name__.lower() for module in self.names)
 
     @cached_property
     def largest_axis(self) -> int:
@@ -180,7 +182,7 @@ class Graph:
             return indices
         each = (self._width(side) or 0) // parts
         return [
-            _Index(idx=index.idx % each + part * each, root_idx=index.root_idx)
+            Index(idx=index.idx % each + part * each, root_idx=index.root_idx)
             for index in indices
             for part in range(parts)
         ]
@@ -283,9 +285,19 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
             named = {name: module for module, name in names.items()}
             with warnings.catch_warnings(), observed(named, after=watch.note):
                 warnings.filterwarnings("ignore", module="torch_pruning")
-                engine.build_dependency(
-                    clone, list(arguments), run, unwrapped_parameters=list(inputs), verbose=False
-                )
+                try:
+                    engine.build_dependency(
+                        clone,
+                        list(arguments),
+                        run,
+                        unwrapped_parameters=list(inputs),
+                        verbose=False,
+                    )
+                except (IndexError, TypeError):  # a size that it cannot infer
+                    if not outputs or not hasattr(engine, "module2node"):
+                        raise
+                    infer_sizes(engine)
+                map_parts(engine, one_dimensional)
         except ValueError:
             raise
         except Exception as error:
