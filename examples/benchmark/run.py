@@ -121,9 +121,7 @@ def execute(
     trainer = make_trainer(run, callbacks, device, max_epochs=run.task.epochs)
     trainer.fit(model, data, ckpt_path=usable(checkpoint), weights_only=False)
     if weights is not None and run.method == "dense":
-        weights.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(weights) as temporary:
-            save_file(model.cpu().network.state_dict(), temporary)
+        save_weights(model.cpu().network, weights)
     record = {
         "name": run.name,
         **asdict(run),
@@ -140,6 +138,14 @@ def execute(
     }
     shutil.rmtree(work)
     return record
+
+
+def save_weights(network: nn.Module, path: Path) -> None:
+    """Keep a dense network, of whatever memory format, for the runs that start from it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_write(path) as temporary:
+        state = {name: value.contiguous() for name, value in network.state_dict().items()}
+        save_file(state, temporary)
 
 
 def sized(situation: Situation, run: Run) -> Situation:

@@ -147,6 +147,14 @@ def test_methods_start_from_the_dense_network_and_end_at_its_share(
     assert runs_of([record, whole], replace(TASK, operations=0.25), "dense") == [whole]
 
 
+def test_weights_of_another_memory_format_are_kept(tmp_path: Path) -> None:
+    """That is how a GPU trains them."""
+    network = CifarResNet(8, width=4).to(memory_format=torch.channels_last)
+    protocol.save_weights(network, tmp_path / "new" / "dense.safetensors")
+    found = load_file(tmp_path / "new" / "dense.safetensors")
+    torch.testing.assert_close(found, dict(network.state_dict()), rtol=0, atol=0)
+
+
 def test_a_resumed_run_has_the_same_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from examples.benchmark.callbacks import Checkpoint
     from tests.helpers.benchmark_runs import WRITE, stopping
