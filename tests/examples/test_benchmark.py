@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -181,7 +180,7 @@ def test_a_killed_suite_loses_one_epoch_at_most(
         assert time.monotonic() < deadline
         assert suite.poll() is None
         time.sleep(0.02)
-    suite.send_signal(signal.SIGKILL)
+    suite.kill()
     suite.wait()
     (checkpoint,) = found
     saved = epochs_in(checkpoint)

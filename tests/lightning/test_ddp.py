@@ -13,8 +13,7 @@ import torch
 
 from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_trainer
 
-# One worker starts the processes of all such tests, one test at a time.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.processes
 SCRIPT = Path(__file__).parents[1] / "scripts" / "ddp.py"
 
 

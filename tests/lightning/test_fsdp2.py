@@ -22,8 +22,7 @@ from tests.scripts.fsdp2_lightning import (
 )
 from tests.scripts.fsdp2_plain import Network, batch
 
-# One worker starts the processes of all such tests, one test at a time.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.processes
 
 
 def free_ports(count: int) -> list[int]:

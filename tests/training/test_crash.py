@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ import torch
 from tests.helpers import processes
 from tests.scripts.crash import train
 
-# One worker starts the processes of all such tests, one test at a time.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.processes
 CRASHES = int(os.environ.get("CRASHES", "2"))
 STEPS = 60
 
@@ -46,7 +44,7 @@ def kill_at(folder: Path, step: int) -> int:
         time.sleep(0.001)
     process.kill()
     process.join()
-    assert process.exitcode == -signal.SIGKILL
+    assert process.exitcode < 0  # by a signal
     assert not (folder / "final.pt").exists()
     return int(note.read_text() or 0)
 

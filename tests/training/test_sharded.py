@@ -11,8 +11,7 @@ import torch
 from tests.helpers import processes
 from tests.scripts.fsdp2_plain import CASES, HALF, STEPS, Network, resumed, train, work
 
-# One worker starts the processes of all such tests, one test at a time.
-pytestmark = pytest.mark.xdist_group("processes")
+pytestmark = pytest.mark.processes
 # Placements with three or more processes, or along other axes, with one case of every kind.
 FEWER = ("columns", "tiles", "coupled", "global", "metric")
 ON_TWO = [("rows", case) for case in CASES] + [
