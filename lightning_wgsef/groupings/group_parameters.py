@@ -118,9 +118,11 @@ def group_parameters(
     if not layers:
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
         missing = MISSING.get(grouping_name(grouping), "it has no weights")
+        frozen = [name for name, why in left_out.items() if why.startswith("frozen:")]
+        help_ = f"\n(include={frozen[-1:]} groups a frozen layer all the same)" if frozen else ""
         raise ValueError(
             f"{type(plain).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
-            f"group{reasons or f': {missing}'}"
+            f"group{reasons or f': {missing}'}{help_}"
         )
     if interface is not None and interface.unseen:
         _warn_of_assumption(layers, interface)

@@ -291,15 +291,16 @@ class WGSEFCallback(Callback):
         """Write the network without its zero groups; training is not lost if that fails."""
         if self.slim_to is None:
             return
-        model = unsharded_copy(pl_module)  # of weights that are sharded every process has a part
-        if not trainer.is_global_zero:
-            return
         try:
+            model = unsharded_copy(pl_module)  # of sharded weights every process has a part
+            if not trainer.is_global_zero:
+                return
             report = write_slim(model, self._example_input(trainer, pl_module), self.slim_to)
-        except ValueError as error:
+        except Exception as error:  # whatever the network does on the way, training is over
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             warnings.warn(
-                f"slim_to: nothing was written: {error}; to try again with the trained model, call "
-                "slim and save_slim",
+                f"slim_to: nothing was written: {kind}{error}; to try again with the trained "
+                "model, call slim and save_slim",
                 stacklevel=2,
             )
         else:

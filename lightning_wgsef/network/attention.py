@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_wgsef.network.layers import (
     Homes,
     canonical_name,
+    computed_weight,
     is_lazy,
     parameter_homes,
     unwrap,
@@ -219,7 +220,7 @@ def parameter_problem(module: nn.Module, names: Iterable[str], homes: Homes) -> 
         if parameter is None:
             continue
         if not isinstance(parameter, nn.Parameter):
-            return f"its {name} is computed from other tensors (a parametrisation), not a parameter"
+            return computed_weight(module, name)
         if is_lazy(parameter):
             return f"its {name} has no shape yet (lazy layer): run one forward pass first"
         if not parameter.is_floating_point():

@@ -148,6 +148,37 @@ def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
         yield ChannelSet(layer.name, tied, obstacle, is_output)
 
 
+def input_obstacles(graph: Graph) -> dict[str, str]:
+    """Say why zero input channels cannot be taken out, layer by layer; "" where some can.
+
+    >>> import torch
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> graph = build_graph(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.ones(1, 4))
+    >>> input_obstacles(graph)
+    {'0': 'no convolution or dense layer makes its input channels alone', '1': ''}
+    """
+    causes: dict[str, list[str]] = {}
+    for found in channel_sets(graph):
+        readers = [
+            graph.names[side[0].module]
+            for side in found.tied.positions
+            if side[0].type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward(side)
+        ]
+        for name in readers:
+            also = [f"'{other}' reads these channels, too" for other in readers if other != name]
+            end = "they are channels of the network's outputs, too" if found.is_output else ""
+            why = next(filter(None, (found.obstacle, end, *also[:1])), "")
+            causes.setdefault(name, []).append(why and f"{why} (made by '{found.name}')")
+    found_causes = {}
+    for layer in weighted_layers(graph.model):
+        reason = "no convolution or dense layer makes its input channels alone"
+        if layer.module not in graph.engine.module2node:
+            reason = "the example does not run it"
+        own = causes.get(layer.name, [reason])
+        found_causes[layer.name] = "" if "" in own else own[0]
+    return found_causes
+
+
 def _obstacle(graph: Graph, tied: CoupledChannels, problems: dict[str, str]) -> str:
     """Why the parameters of these channels cannot be cut."""
     parameters = {id(p): name for name, p in graph.model.named_parameters()}

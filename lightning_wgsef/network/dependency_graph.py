@@ -104,15 +104,33 @@ class Graph:
 
     def tied(self, module: nn.Module, channels: Iterable[int]) -> CoupledChannels:
         """Everything that output channels of a module of the copy are tied to."""
-        start = self.engine.get_pruner_of_module(module).prune_out_channels
         found, joined = CoupledChannels(), _Joined(channels)
+        try:
+            self._follow(module, found, joined)
+        except Exception as error:  # the library's mappings fail on operations that it misreads
+            names = [
+                self.names[node.module] for node, _ in found.positions if node.module in self.names
+            ]
+            found.obstacle = (
+                f"torch-pruning loses track of its channels behind '{names[-1] if names else ''}' "
+                f"({type(error).__name__}: {error})"
+            )
+        found.positions = {side: known for side, known in found.positions.items() if known}
+        found.bundle = joined.numbers()
+        if not self._has_attention:
+            found.obstacle = found.obstacle.replace(f": {HEAD}", "")
+        return found
+
+    def _follow(self, module: nn.Module, found: CoupledChannels, joined: _Joined) -> None:
+        """Walk from the outputs of a module to everything that is tied to them."""
+        start = self.engine.get_pruner_of_module(module).prune_out_channels
         indices = [Index(idx=channel, root_idx=channel) for channel in joined.parent]
         waiting = [((self.engine.module2node[module], start), indices)]
         circular = False  # a wrong mapping in a circle counts up for ever
         while waiting:
             side, indices = waiting.pop()
             node, handler = side
-            if self._width(side) == 1:
+            if self.width(side) == 1:
                 continue  # broadcast: every channel reads the same one
             known, fresh = found.positions.setdefault(side, {}), []
             for index in self._aligned(side, indices):
@@ -134,20 +152,17 @@ class Graph:
                         mapped = mapped if mapping is None else mapping(mapped)
                     if mapped:
                         waiting.append(((dependency.target, dependency.handler), mapped))
-        found.positions = {side: known for side, known in found.positions.items() if known}
         for (node, _), known in found.positions.items():
             # A chunk is as wide as the others: parts lose the same places.
             size = part_size(node)
             for place, root in known.items() if size else ():
                 joined.join(known.get(place % size, root), root)
-        found.bundle = joined.numbers()
         for side, known in found.positions.items():
+            if not known:
+                continue
             found.obstacle = found.obstacle or self._obstacle(side, known)
         if circular:
             found.obstacle = found.obstacle or "torch-pruning loses track of its channels"
-        if not self._has_attention:
-            found.obstacle = found.obstacle.replace(f": {HEAD}", "")
-        return found
 
     @cached_property
     def _has_attention(self) -> bool:
@@ -166,7 +181,8 @@ class Graph:
         outside = node.module not in self.names and node.grad_fn not in self.inside
         return outside and mixes_channels(node)
 
-    def _width(self, side: Side) -> int | None:
+    def width(self, side: Side) -> int | None:
+        """Return the number of channels at a side of a node; None where it is not known."""
         node, _ = side
         if node.type == OPTYPE.PARAMETER or isinstance(node.module, nn.PReLU):
             return None
@@ -180,7 +196,7 @@ class Graph:
         parts = getattr(node.module, "groups", 1)
         if node.type != OPTYPE.CONV or parts == 1:
             return indices
-        each = (self._width(side) or 0) // parts
+        each = (self.width(side) or 0) // parts
         return [
             Index(idx=index.idx % each + part * each, root_idx=index.root_idx)
             for index in indices
@@ -189,7 +205,7 @@ class Graph:
 
     def _obstacle(self, side: Side, positions: dict[int, int]) -> str:
         node, _ = side
-        module, width = node.module, self._width(side)
+        module, width = node.module, self.width(side)
         name = self.names.get(module, "")
         if any(module is given for given in self.inputs):
             return "tied to the network's input"

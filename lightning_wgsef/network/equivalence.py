@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,12 @@ from lightning_wgsef.network.surgery import RemovalPlan
 
 OUTPUTS = "the outputs"
 
+Outputs = dict[str, list[Tensor]]
+
 
 def layer_outputs(
-    network: nn.Module, example_input: Any, plan: RemovalPlan | None = None
-) -> dict[str, list[Tensor]]:
+    network: nn.Module, example_input: Any, plan: RemovalPlan | None = None, seed: int = 0
+) -> Outputs:
     """What every convolution and dense layer returns, call after call, and the network itself.
 
     The outputs of a network alone would not do for a comparison: behind many layers a difference
@@ -35,6 +37,7 @@ def layer_outputs(
         network: any module; it is run as it is.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
         plan: channels that are left out of what is returned.
+        seed: of the random numbers.
 
     >>> plan = RemovalPlan()
     >>> network = nn.Sequential(nn.Linear(2, 3))
@@ -47,18 +50,30 @@ def layer_outputs(
     layers = {layer.name: layer for layer in weighted_layers(network)}
 
     def note(name: str, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        layer = layers[name]
-        across = layer.transposed and layer.split == 1
-        kept = plan.kept.get(layer.path("weight"), {}).get(int(across)) if plan else None
-        if kept is not None:
-            axis = 1 - layer.weight.dim()  # -1 for dense layers, -3 for images
-            output = output.index_select(axis, torch.tensor(kept, device=output.device))
         seen.setdefault(name, []).append(output.clone())  # what follows may write into it
 
     watched = {name: layer.module for name, layer in layers.items()}
-    with seeded(network), observed(watched, after=note):
+    with observed(watched, after=note), seeded(network, seed):
         seen[OUTPUTS] = tensors(run_example(network, example_input))
-    return seen
+    return seen if plan is None else kept_outputs(seen, network, plan)
+
+
+def kept_outputs(
+    outputs: Mapping[str, list[Tensor]], network: nn.Module, plan: RemovalPlan
+) -> dict[str, list[Tensor]]:
+    """Leave the channels out of `layer_outputs` that a plan takes out of the network."""
+    layers = {layer.name: layer for layer in weighted_layers(network)}
+    found = dict(outputs)
+    for name in outputs.keys() & layers.keys():
+        layer = layers[name]
+        across = layer.transposed and layer.split == 1
+        kept = plan.kept.get(layer.path("weight"), {}).get(int(across))
+        if kept is not None:
+            axis = 1 - layer.weight.dim()  # -1 for dense layers, -3 for images
+            found[name] = [
+                x.index_select(axis, torch.tensor(kept, device=x.device)) for x in outputs[name]
+            ]
+    return found
 
 
 def relative_difference(
@@ -123,7 +138,7 @@ def difference(
 
 @torch.no_grad()
 def differing_layer(
-    before: nn.Module, after: nn.Module, example_input: Any, plan: RemovalPlan | None = None
+    before: nn.Module, after: nn.Module, example_input: Any, plan: RemovalPlan
 ) -> str:
     """Name the first layer that returns something else in another network; "" where none does.
 
@@ -140,21 +155,14 @@ def differing_layer(
         ValueError: one of them does not run.
 
     >>> one, other = nn.Linear(2, 1), nn.Linear(2, 1)
-    >>> example = torch.ones(1, 2)
-    >>> differing_layer(one, one, example), bool(differing_layer(one, other, example))
+    >>> example, plan = torch.ones(1, 2), RemovalPlan()
+    >>> differing_layer(one, one, example, plan), bool(differing_layer(one, other, example, plan))
     ('', True)
     """
     found = layer_outputs(after, example_input)
     name = difference(found, layer_outputs(before, example_input, plan), TOLERANCE)
-    if not name:
-        return ""
-    inputs = mapped(_in_float64, example_input)
-    try:
-        exact = [model_copy(network).double() for network in (before, after)]
-        expected = layer_outputs(exact[0], inputs, plan)
-        return difference(layer_outputs(exact[1], inputs), expected, TOLERANCE)
-    except (TypeError, ValueError):
-        return name  # devices without float64, networks that name their types
+    agree = not name or layers_agree_in_float64(before, after, example_input, plan)
+    return "" if agree else name
 
 
 # Of the largest output, or of 1: what float32 may differ where sums are taken in another order.
@@ -162,20 +170,42 @@ TOLERANCE = 1e-5
 
 
 @torch.no_grad()
+def outputs_of(
+    network: nn.Module, examples: Sequence[Any], training_example: Any | None
+) -> list[Outputs]:
+    """Return what layers and network return on every example, and last in training mode.
+
+    Args:
+        network: a network in evaluation mode; a copy of it is trained.
+        examples: inputs.
+        training_example: an input for training mode, with dropout off; None: it is left out.
+    """
+    found = [layer_outputs(network, example) for example in examples]
+    if training_example is not None:
+        found.append(layer_outputs(trained(network), training_example))
+    return found
+
+
+@torch.no_grad()
 def check_outputs(
-    before: nn.Module, after: nn.Module, examples: Sequence[Any], training_example: Any | None
+    before: nn.Module,
+    after: nn.Module,
+    examples: Sequence[Any],
+    training_example: Any | None,
+    expected: Sequence[Outputs] | None = None,
 ) -> tuple[float, float | None]:
-    """Largest differences of outputs, in evaluation and in training mode.
+    """Compare the outputs of two networks, in evaluation and in training mode.
 
     Args:
         before: the network, in evaluation mode.
         after: one that must do the same, in evaluation mode.
         examples: inputs.
         training_example: an input for training mode, with dropout off; None: there is none.
+        expected: `outputs_of` the network before; None: it is run.
 
     Returns:
-        The differences, as shares of the largest output; None for training mode where the network
-        does not run on the example, or is random.
+        The largest differences, as shares of the largest output; None for training mode where the
+        network is random, and differs by that.
 
     Raises:
         ValueError: they are larger than rounding explains: above 1e-5, and not gone in float64.
@@ -184,23 +214,29 @@ def check_outputs(
     >>> check_outputs(network, network, [torch.ones(1, 3)], torch.ones(2, 3))
     (0.0, 0.0)
     """
-    evaluated = max(_compare(before.eval(), after.eval(), x, "evaluation") for x in examples)
+    before, after = before.eval(), after.eval()
+    expected = expected or outputs_of(before, examples, training_example)
+    pairs = list(zip(examples, expected, strict=False))
+    evaluated = max(_compare(before, after, x, own, "evaluation") for x, own in pairs)
     if training_example is None:
         return evaluated, None
+    networks = trained(before), trained(after)
     try:
-        drawn = [_run(_trained(before), training_example, seed) for seed in (0, 1)]
+        return evaluated, _compare(*networks, training_example, expected[-1], "training")
     except ValueError:
-        return evaluated, None  # such as a norm over a single value
-    try:
-        return evaluated, _compare(_trained(before), _trained(after), training_example, "training")
-    except ValueError:
-        if relative_difference(drawn[0], drawn[1]):
-            return evaluated, None  # random, and with other draws than before
+        if is_random(trained(before), training_example, expected[-1]):
+            return evaluated, None  # other numbers are drawn than before
         raise
 
 
-def _trained(network: nn.Module) -> nn.Module:
-    """A copy in training mode, without dropout."""
+def is_random(network: nn.Module, example: Any, outputs: Outputs) -> bool:
+    """Tell whether a network returns something else with other random numbers."""
+    again = layer_outputs(network, example, seed=1)
+    return relative_difference(outputs[OUTPUTS], again[OUTPUTS]) > 0
+
+
+def trained(network: nn.Module) -> nn.Module:
+    """Return a copy in training mode, without dropout."""
     twin = model_copy(network).train()
     for module in twin.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -208,13 +244,9 @@ def _trained(network: nn.Module) -> nn.Module:
     return twin
 
 
-def _run(network: nn.Module, example: Any, seed: int) -> list[Tensor]:
-    with seeded(network, seed):
-        return tensors(run_example(network, example))
-
-
-def _compare(before: nn.Module, after: nn.Module, example: Any, mode: str) -> float:
-    expected = layer_outputs(before, example)
+def _compare(
+    before: nn.Module, after: nn.Module, example: Any, expected: Outputs, mode: str
+) -> float:
     try:
         found = layer_outputs(after, example)
     except ValueError as error:
@@ -238,12 +270,26 @@ def _compare(before: nn.Module, after: nn.Module, example: Any, mode: str) -> fl
     return largest
 
 
+def layers_agree_in_float64(
+    before: nn.Module, after: nn.Module, example: Any, plan: RemovalPlan
+) -> bool:
+    """Tell whether two networks, of which the second lacks what a plan takes out, agree there."""
+    inputs = mapped(_in_float64, example)
+    try:
+        expected = layer_outputs(model_copy(before).double(), inputs, plan)
+        found = layer_outputs(model_copy(after).double(), inputs)
+    except (TypeError, ValueError):
+        return False  # devices without float64, networks that name their types
+    return not difference(found, expected, TOLERANCE)
+
+
 def _agree_in_float64(before: nn.Module, after: nn.Module, example: Any) -> bool:
     """Is what they differ by rounding, which norms of nearly constant features make large?"""
     inputs = mapped(_in_float64, example)
     try:
         expected, found = (
-            _run(model_copy(network).double(), inputs, seed=0) for network in (before, after)
+            layer_outputs(model_copy(network).double(), inputs)[OUTPUTS]
+            for network in (before, after)
         )
     except (TypeError, ValueError):
         return False  # devices without float64, networks that name their types

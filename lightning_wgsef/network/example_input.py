@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,8 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.backends import mha
+from torch.utils.data import DataLoader, Dataset
 
-from lightning_wgsef.network.layers import unwrap
+from lightning_wgsef.network.layers import canonical_name, computed_weight, unwrap
+
+# Plain attributes of a module that are larger than this are data, which copies share.
+_FEW, _MANY, _LARGE = 20, 1000, 1_000_000
 
 
 def run_example(model: nn.Module, example_input: Any) -> Any:
@@ -169,11 +174,12 @@ def model_copy(model: nn.Module) -> nn.Module:
     """
     model = unwrap(model)
     try:
-        copied = copy.deepcopy(model)
+        copied = copy.deepcopy(model, {id(data): data for data in _data(model)})
     except Exception as error:
         raise ValueError(
             f"{type(model).__name__} cannot be copied, which its graph needs: "
-            f"{type(error).__name__}: {error}; make copy.deepcopy(model) work"
+            f"{_what_cannot_be_copied(model)}{type(error).__name__}: {error}; make "
+            "copy.deepcopy(model) work"
         ) from error
     for module in copied.modules():
         # Lightning compiles methods in place: their copies would run the model itself.
@@ -183,6 +189,38 @@ def model_copy(model: nn.Module) -> nn.Module:
         for name in own if not hasattr(module, "_orig_mod") else ():
             delattr(module, name)
     return copied
+
+
+def _data(model: nn.Module) -> Iterator[Any]:
+    """Yield what modules hold of data, which a copy may share: data sets, loaders, arrays."""
+    numpy = sys.modules.get("numpy")
+    kinds: tuple[Any, ...] = (Dataset, DataLoader, *([numpy.ndarray] if numpy else []))
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules"):
+                continue
+            values = value if isinstance(value, list | tuple) and len(value) < _FEW else [value]
+            for x in values:
+                large = isinstance(x, Tensor) and x.numel() > _LARGE and x.grad_fn is None
+                many = isinstance(x, list | tuple | dict) and len(x) > _MANY
+                if isinstance(x, kinds) or large or many:
+                    yield x
+
+
+def _what_cannot_be_copied(model: nn.Module) -> str:
+    """Name the attribute that stands against a copy, and how it is helped."""
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name in ("_parameters", "_buffers", "_modules", "_trainer"):
+                continue
+            try:
+                copy.deepcopy(value)
+            except Exception:
+                where = f"{canonical_name(path)}.{name}".lstrip(".")
+                if isinstance(value, Tensor):
+                    return f"'{where}': {computed_weight(module, name)}: "
+                return f"'{where}' ({type(value).__name__}): "
+    return ""
 
 
 def tensors(value: Any) -> list[Tensor]:
@@ -229,6 +267,33 @@ def with_batch_size(example_input: Any, size: int) -> tuple[Any, ...] | dict[str
 
 
 @contextmanager
+def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Random numbers of torch, Python and numpy as from a seed; what they were is restored.
+
+    >>> with seeded(nn.Identity()):
+    ...     first = torch.rand(1)
+    >>> with seeded(nn.Identity()):
+    ...     bool(torch.rand(1) == first)
+    True
+    """
+    device = device_of(model)
+    devices = [device] if device.type == "cuda" else []
+    numpy = sys.modules.get("numpy")
+    python, arrays = random.getstate(), numpy and numpy.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(seed)
+            random.seed(seed)
+            if numpy:
+                numpy.random.seed(seed)
+            yield
+    finally:
+        random.setstate(python)
+        if numpy:
+            numpy.random.set_state(arrays)
+
+
+@contextmanager
 def evaluation(*models: nn.Module) -> Iterator[None]:
     """Evaluation mode, with the mode of every module restored."""
     with ExitStack() as undo:
@@ -242,22 +307,6 @@ def evaluation(*models: nn.Module) -> Iterator[None]:
 def device_of(model: nn.Module) -> torch.device:
     """Where its first parameter is; the CPU if it has none."""
     return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-
-
-@contextmanager
-def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
-    """Draw the same random numbers in every such block, and leave those outside of it alone.
-
-    >>> with seeded(nn.Identity()):
-    ...     one = torch.rand(1)
-    >>> with seeded(nn.Identity()):
-    ...     print(torch.rand(1) == one)
-    tensor([True])
-    """
-    device = device_of(model)
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]

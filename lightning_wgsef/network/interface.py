@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -124,6 +124,9 @@ def interface_by_order(model: nn.Module) -> Interface:
     outputs = {last.name: f"last layer: {OUTPUT}"}
     if not _is_trained(last):
         outputs[trained[-1].name] = f"last trained layer: {OUTPUT}"
+    unseen = "there is no example_input"
+    if any(is_lazy(_weight(layer)) for layer in weighted_layers(model)):
+        return Interface(inputs, outputs, unseen=unseen)  # widths tell nothing yet
     known = {_width(module) for module in model.modules()} - {0}
     inside = {x.module for block in attention_blocks(model) for x in block.layers.values()}
     others_in, others_out = {}, {}
@@ -134,7 +137,7 @@ def interface_by_order(model: nn.Module) -> Interface:
         read = layer.module in inside or _is_read(layer, layers[place + 1 :])
         if layer.name not in outputs and not read:
             others_out[layer.name] = f"no layer after it reads the {layer.outputs} that it makes"
-    return Interface(inputs, outputs, others_in, others_out, "there is no example_input")
+    return Interface(inputs, outputs, others_in, others_out, unseen)
 
 
 def _is_made(layer: WeightedLayer, before: list[WeightedLayer], known: set[int]) -> bool:
@@ -284,7 +287,7 @@ class InterfaceObserver(TorchFunctionMode):
         outputs = {n: _with_order(n, names[-1:], "last", OUTPUT) for n in names if n in self.makers}
         for name, reader in self.to_frozen.items():
             outputs.setdefault(name, f"the frozen network '{reader}' reads its filters")
-        for part, own in self._parts_that_did_not_run():
+        for part, own in idle_parts(names, self.ran):
             inputs[own[0]] = f"first layer of '{part}', which the example does not run: {INPUT}"
             outputs[own[-1]] = f"last layer of '{part}', which the example does not run: {OUTPUT}"
         return Interface(inputs, outputs)
@@ -383,18 +386,23 @@ class InterfaceObserver(TorchFunctionMode):
         own = [x for path, x in self.layers.items() if path.startswith(f"{name}.")]
         return len(own) > 1 and not any(map(_is_trained, own))
 
-    def _parts_that_did_not_run(self) -> Iterable[tuple[str, list[str]]]:
-        """Yield the largest modules of which no layer ran, with their layers."""
-        left = [name for name in self.layers if name not in self.ran]
-        while left:
-            parts = left[0].split(".")
-            for end in range(1, len(parts) + 1):
-                part = ".".join(parts[:end])
-                inside = [x for x in self.layers if x == part or x.startswith(f"{part}.")]
-                if not any(name in self.ran for name in inside):
-                    break
-            yield part, inside
-            left = [name for name in left if name not in inside]
+
+def idle_parts(layers: Sequence[str], ran: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield the largest modules of which no layer ran, by name, with their layers.
+
+    >>> list(idle_parts(["net.a", "net.b", "aux.a", "aux.b"], {"net.a"}))
+    [('net.b', ['net.b']), ('aux', ['aux.a', 'aux.b'])]
+    """
+    left = [name for name in layers if name not in ran]
+    while left:
+        steps, part, inside = left[0].split("."), "", [left[0]]
+        for end in range(1, len(steps) + 1):
+            part = ".".join(steps[:end])
+            inside = [x for x in layers if x == part or x.startswith(f"{part}.")]
+            if not any(name in ran for name in inside):
+                break
+        yield part, inside
+        left = [name for name in left if name not in inside]
 
 
 def _joined(origins: Iterable[_Origin]) -> _Origin:

@@ -188,12 +188,28 @@ def _is_weighted(module: nn.Module) -> bool:
     return isinstance(module, (*_Convolution, *_Transposed, nn.Linear))
 
 
+def computed_weight(module: nn.Module, name: str = "weight") -> str:
+    """Say that a weight is no parameter, and what makes it one.
+
+    >>> layer = torch.nn.utils.prune.l1_unstructured(nn.Linear(4, 2), "weight", 0.5)
+    >>> computed_weight(layer)[:70]
+    'its weight is computed from other tensors (a mask of torch.nn.utils.pr'
+    """
+    said = f"its {name} is computed from other tensors"
+    if hasattr(module, f"{name}_orig") and hasattr(module, f"{name}_mask"):
+        remove = f"torch.nn.utils.prune.remove(module, '{name}')"
+        return f"{said} (a mask of torch.nn.utils.prune); {remove} makes it permanent"
+    if hasattr(module, f"{name}_g"):
+        return f"{said} (weight_norm); torch.nn.utils.remove_weight_norm makes it a parameter"
+    return f"{said} (a parametrisation), not a parameter"
+
+
 def _problem(name: str, module: nn.Module, homes: Homes, weighted: Mapping[str, nn.Module]) -> str:
     weight = getattr(module, "weight", None)
     if is_lazy(weight):
         return "its weight has no shape yet (lazy layer): run one forward pass first"
     if not isinstance(weight, nn.Parameter):
-        return "its weight is computed from other tensors (a parametrisation), not a parameter"
+        return computed_weight(module)
     if not weight.is_floating_point():
         return f"its weight is {weight.dtype}"
     # A shared weight belongs to what cannot be grouped, else to the first layer.

@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.network.channels import PRODUCERS, ChannelSet, channel_sets, slices
+from lightning_wgsef.network.channels import (
+    PRODUCERS,
+    ChannelSet,
+    channel_sets,
+    input_obstacles,
+    slices,
+)
 from lightning_wgsef.network.dependency_graph import Graph
 from lightning_wgsef.network.layers import modules_by_name, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE
@@ -44,7 +50,7 @@ class _Reader:
 
 
 def dead_channels(
-    graph: Graph, network: nn.Module, examples: Sequence[tuple[bool, Any]]
+    graph: Graph, network: nn.Module, examples: Sequence[tuple[bool, Any]], *, folding: bool = True
 ) -> tuple[list[DeadChannels], dict[str, str]]:
     """Find the channels that nothing reads, or that are zero whatever the input is.
 
@@ -56,6 +62,7 @@ def dead_channels(
         graph: the graph of ``network``; its own model is run, in both modes.
         network: its weights and biases change where a constant is folded.
         examples: inputs to see the constants on, and whether in training mode.
+        folding: may constants other than zero be folded?
 
     Returns:
         The channels, and for layers whose zero channels have to stay, the reason.
@@ -89,7 +96,7 @@ def dead_channels(
         every = set(found.tied.bundle.values())
         gone = every - {bundle for reader in readers for bundle in reader.bundles.values()}
         for bundle in silent - gone:
-            reason = _silence(readers, bundle, known, own)
+            reason = _silence(readers, bundle, known, own if folding else {})
             if reason:
                 kept[found.name] = reason
             else:
@@ -114,6 +121,20 @@ def has_zero_channels(network: nn.Module) -> bool:
         for axis in (0, 1)
         if not layer.problem
     )
+
+
+def zeros_left(graph: Graph, network: nn.Module) -> dict[str, str]:
+    """Say why layers still have zero filters or input channels that they do not read."""
+    obstacles, left = input_obstacles(graph), {}
+    for layer in weighted_layers(network):
+        if layer.problem:
+            continue
+        if not bool(_read_channels(layer.module).all()):
+            reason = obstacles.get(layer.name) or "what makes them has to stay"
+            left[layer.name] = f"zero input channels: {reason}"
+        elif not bool(_any_along(layer.weight, int(layer.transposed)).all()):
+            left[layer.name] = "zero filters: what reads them is not zero"
+    return left
 
 
 def _input_free(graph: Graph, found: ChannelSet) -> set[int]:
@@ -165,6 +186,8 @@ def _silence(
         values = torch.tensor([known[reader.name, place] for place in positions])
         if bool(values.isnan().any()):
             return f"zero filters reach '{reader.name}' as something that is not constant"
+        if bool((values != 0).any()) and not modules:
+            return f"folding a constant that is not zero into '{reader.name}' changes the outputs"
         if bool((values != 0).any()):
             reason = fold(modules[reader.name], positions, values)
             if reason:

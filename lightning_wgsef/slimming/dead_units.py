@@ -24,7 +24,7 @@ class DeadUnits:
 
 
 def dead_units(groups: Groups) -> list[DeadUnits]:
-    """The heads or hidden units that nothing reads, where any can be taken out.
+    """Find the heads or hidden units that nothing reads, those that have to stay included.
 
     >>> from torch import nn
     >>> from lightning_wgsef.groupings.hidden import hidden_groups
@@ -38,6 +38,6 @@ def dead_units(groups: Groups) -> list[DeadUnits]:
         dead = ~Groups([replace(layer, members=layer.members[-1:])]).alive().cpu()
         if bool(dead.all()):
             dead[0] = False  # a layer cannot be empty
-        if layer.removable and bool(dead.any()):
+        if (layer.removable or layer.obstacle) and bool(dead.any()):
             found.append(DeadUnits(layer, dead))
     return found

@@ -157,7 +157,7 @@ KEPT = {
 @pytest.fixture(autouse=True)
 def _no_endless_search(monkeypatch):
     """A search among channels (3,460 steps at most where it ends) stops where it does not end."""
-    searched = Graph._width
+    searched = Graph.width
     calls = itertools.count(1)
 
     def counted_width(self, side):
@@ -165,7 +165,7 @@ def _no_endless_search(monkeypatch):
             raise TimeoutError
         return searched(self, side)
 
-    monkeypatch.setattr(Graph, "_width", counted_width)
+    monkeypatch.setattr(Graph, "width", counted_width)
 
 
 def cases(*groupings):

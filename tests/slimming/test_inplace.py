@@ -138,7 +138,7 @@ def test_a_wrong_plan_is_refused(monkeypatch):
     small = slim(network, IMAGE)  # the trial sees it, and leaves the filter
     assert small[0].out_channels == 8
     assert "differ" in small.slimming.kept["0"]
-    monkeypatch.setattr("lightning_wgsef.slimming.slim.differing_layer", lambda *_: "")
+    monkeypatch.setattr("lightning_wgsef.slimming.slim.difference", lambda *_: "")
     with raises_naming(
         "without its zero groups", "evaluation", "first layer", "Nothing was changed"
     ):
@@ -187,8 +187,7 @@ def test_a_network_that_is_random_in_training():
     network = pruned(Noisy(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), "filter", 1, 2)
     small = slim(network, VECTOR)
     assert small[0].out_features == 6
-    assert small.slimming.difference[1] is None
-    assert "in training" not in str(small.slimming)
+    assert small.slimming.difference[1] <= 1e-5, "the same random numbers on both sides"
 
 
 class Answer:
