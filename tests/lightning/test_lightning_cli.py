@@ -233,7 +233,7 @@ def test_help_lists_every_argument_with_its_description(tmp_path: Path) -> None:
     shown = done.stdout
     sections = shown.split("\n  --trainer.callbacks.")[1:]
     texts = {text.split()[0]: " ".join(text.split()) for text in sections}
-    arguments = [*WGSEFCallback().arguments, "slim_to", "dashboard", "name"]
+    arguments = [*WGSEFCallback().arguments, "slim_to", "update_bn", "dashboard", "name"]
     assert {name for name in texts if not name.endswith(".help")} == set(arguments)
     described_in = WGSEFCallback.__doc__.partition("Args:")[2]
     for name in arguments:
