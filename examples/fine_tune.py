@@ -23,8 +23,7 @@ from examples.training import Classifier, accuracy, quiet_trainer
 from lightning_wgsef import WGSEFCallback
 from lightning_wgsef.slimming.files import load_slim
 
-GROUPING: dict[str, Any] = {"k": 0.25, "grouping": "structure"}
-EXAMPLE = torch.zeros(2, 1, 8, 8)
+GROUPING: dict[str, Any] = {"grouping": "structure", "example_input": torch.zeros(2, 1, 8, 8)}
 
 
 def main() -> None:
@@ -40,14 +39,14 @@ def main() -> None:
 
     pl.seed_everything(0, verbose=False)
     model = Classifier(SmallConvNet())
-    pruning = WGSEFCallback(**GROUPING, example_input=EXAMPLE, slim_to=small)
+    pruning = WGSEFCallback(k=0.25, **GROUPING, slim_to=small)
     trainer = train(model, data, options.epochs, [pruning])
     trainer.save_checkpoint(checkpoint)
     show("pruned", model, data)
 
     model = Classifier(SmallConvNet())
     model.load_state_dict(torch.load(checkpoint, weights_only=True)["state_dict"])
-    keep = WGSEFCallback(**GROUPING, example_input=EXAMPLE, masks=checkpoint)
+    keep = WGSEFCallback(**GROUPING, masks=checkpoint)
     train(model, data, options.epochs, [keep])
     show("fine-tuned with its zeros", model, data)
 

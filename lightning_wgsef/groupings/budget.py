@@ -21,6 +21,9 @@ Budget = int | float | Mapping[str, int | float]
 
 SCOPES = ("layer", "global")
 
+# The budget where none is named.
+DEFAULT_K = 0.5
+
 
 def check_budget(k: Budget, scope: str = "layer") -> None:
     """Raise `ValueError` unless k is a count, a share, or a mapping of patterns to either.
@@ -69,6 +72,22 @@ def with_costs(
         if shapes != {name: (count,) for name, count in counts.items()}:
             raise ValueError(f"costs must have the groups of every layer, {counts}, got {shapes}")
     return [replace(layer, costs=found[layer.name]) for layer in layers], rest
+
+
+def check_used(layers: Sequence[GroupedLayer], k: Budget) -> None:
+    """Raise `ValueError` for a budget of layers of which the grouping's name says what stays.
+
+    The default, all groups, and what the name says are no contradiction.
+    """
+    for pattern, value in k.items() if isinstance(k, Mapping) else [("", k)]:
+        mine = [x for x in layers if not pattern or matches(pattern, x.name)]
+        said = [DEFAULT_K, 1.0, *(x.budget / x.m for x in mine if x.m)]
+        if mine and all(x.m for x in mine) and value not in said:
+            grouping = mine[0].grouping
+            raise ValueError(
+                f"k{f'[{pattern!r}]' if pattern else ''} = {value} is not used with grouping="
+                f"{grouping!r}, whose name says how many stay: leave k out, or name another n:m"
+            )
 
 
 def layer_budget(layer: GroupedLayer, k: Budget) -> float:

@@ -10,8 +10,10 @@ from typing import Any
 from torch import nn
 
 from lightning_wgsef.groupings.budget import (
+    DEFAULT_K,
     Budget,
     check_budget,
+    check_used,
     global_budget,
     layer_budget,
     with_costs,
@@ -38,7 +40,7 @@ from lightning_wgsef.network.sharding import unsharded_copy
 def group_parameters(
     model: nn.Module,
     grouping: Grouping = "channel",
-    k: Budget = 0.5,
+    k: Budget = DEFAULT_K,
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -101,7 +103,9 @@ def group_parameters(
         ("include", include),
         ("k", list(k) if isinstance(k, Mapping) else None),
     ):
-        _refuse_what_cannot_be(argument, patterns, found.left_out)
+        _refuse_what_cannot_be(argument, patterns, names, found.left_out)
+    if not names:
+        raise _nothing(plain, grouping, found.left_out)
     included = check_patterns("include", include, names)
     excluded = check_patterns("exclude", exclude, names)
     if isinstance(k, Mapping):
@@ -116,14 +120,8 @@ def group_parameters(
         else:
             layers.append(layer)
     if not layers:
-        reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
-        missing = MISSING.get(grouping_name(grouping), "it has no weights")
-        frozen = [name for name, why in left_out.items() if why.startswith("frozen:")]
-        help_ = f"\n(include={frozen[-1:]} groups a frozen layer all the same)" if frozen else ""
-        raise ValueError(
-            f"{type(plain).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
-            f"group{reasons or f': {missing}'}{help_}"
-        )
+        raise _nothing(plain, grouping, left_out)
+    check_used(layers, k)
     if interface is not None and interface.unseen:
         _warn_of_assumption(layers, interface)
     if example_input is not None:
@@ -196,11 +194,30 @@ def _reason_to_leave_out(
     return ""
 
 
+def _nothing(model: nn.Module, grouping: Grouping, left_out: Mapping[str, str]) -> ValueError:
+    """Return the error of a model without a layer to group, with the reason for every layer."""
+    reasons = "".join(f"\n  {name}: {reason}" for name, reason in left_out.items())
+    missing = MISSING.get(grouping_name(grouping), "it has no weights")
+    frozen = [name for name, why in left_out.items() if why.startswith("frozen:")]
+    help_ = f"\n(include={frozen[-1:]} groups a frozen layer all the same)" if frozen else ""
+    return ValueError(
+        f"{type(model).__name__} has no layer that grouping={grouping_name(grouping)!r} can "
+        f"group{reasons or f': {missing}'}{help_}"
+    )
+
+
 def _refuse_what_cannot_be(
-    argument: str, patterns: str | Sequence[str] | None, left_out: Mapping[str, str]
+    argument: str,
+    patterns: str | Sequence[str] | None,
+    names: Sequence[str],
+    left_out: Mapping[str, str],
 ) -> None:
-    """Raise `ValueError` where somebody names a layer that cannot be grouped."""
+    """Raise `ValueError` where a pattern stands only for layers that cannot be grouped."""
     listed = patterns if isinstance(patterns, Sequence) else ()
-    for name in [patterns] if isinstance(patterns, str) else listed:
-        if isinstance(name, str) and name in left_out:
-            raise ValueError(f"{argument}: layer {name!r} cannot be grouped: {left_out[name]}")
+    for pattern in [patterns] if isinstance(patterns, str) else listed:
+        if not isinstance(pattern, str) or any(matches(pattern, name) for name in names):
+            continue
+        meant = [name for name in left_out if matches(pattern, name)]
+        if meant:
+            whys = "; ".join(f"layer {n!r} cannot be grouped: {left_out[n]}" for n in meant)
+            raise ValueError(f"{argument}: {whys}")

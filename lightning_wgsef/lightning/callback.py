@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.costs import Costs
-from lightning_wgsef.groupings.registry import Grouping
+from lightning_wgsef.groupings.registry import Grouping, grouping_name
 from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.lightning.batch_norm_update import BatchNormUpdate, check_batches, silent
 from lightning_wgsef.lightning.private import (
@@ -26,7 +26,7 @@ from lightning_wgsef.lightning.private import (
 )
 from lightning_wgsef.lightning.strategies import check_strategy, restores_later
 from lightning_wgsef.lightning.summary import PruningSummary
-from lightning_wgsef.lightning.tensorboard import write_hparams
+from lightning_wgsef.lightning.tensorboard import write_hparams, write_layout
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
@@ -115,8 +115,9 @@ class WGSEFCallback(Callback):
             a number of steps, a share of training, or None (never).
         masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
             for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
-        slim_to: where the network without its zero groups is written when the fit ends, as a file
-            of `save_slim` (.safetensors), with a report as JSON beside it; needs an example input.
+        slim_to: where the network without its zero groups is written when the fit ends with a
+            frozen mask, as a file of `save_slim` (.safetensors), with a report as JSON beside it;
+            its folder is made. Needs an example input.
         update_bn: number of training batches whose inputs are remembered, to estimate the running
             statistics of BatchNorm anew before every validation until the mask is frozen, and with
             the freeze; 0: not done. They lag behind weights that shrink fast, most in short runs;
@@ -178,6 +179,7 @@ class WGSEFCallback(Callback):
         self._summary: PruningSummary | None = None
         self._held_back: list[Any] = []
         self._statistics: BatchNormUpdate | None = None
+        self._is_set_up = False
 
     @property
     def prefix(self) -> str:
@@ -186,8 +188,13 @@ class WGSEFCallback(Callback):
 
     @property
     def state_key(self) -> str:
-        """Key of the callback's state in checkpoints."""
-        return "WGSEFCallback" if self.name is None else f"WGSEFCallback[{self.name}]"
+        """Key of the callback's state in checkpoints.
+
+        A Trainer refuses equal keys as soon as it is made, in words of its own; until `setup` has
+        said what to do about it every callback has another.
+        """
+        key = "WGSEFCallback" if self.name is None else f"WGSEFCallback[{self.name}]"
+        return key if self._is_set_up else f"{key} at {id(self)}"
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and masks, see `WGSEF.state_dict`."""
@@ -208,10 +215,25 @@ class WGSEFCallback(Callback):
             checkpoint.get("callbacks", {}).pop(self.state_key, None)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse strategies under which the weights cannot be edited."""
+        """Refuse equal names, and strategies under which the weights cannot be edited."""
         if stage == "fit":
             check_strategy(trainer)
+        self._check_names(trainer)
+        self._is_set_up = True
+        if stage == "fit":
             self._held_back = hold_back_hparams(trainer) if self.dashboard else []
+
+    def _check_names(self, trainer: Trainer) -> None:
+        """Raise `ValueError` unless every callback of the Trainer has a name of its own."""
+        callbacks = [x for x in trainer.callbacks if isinstance(x, WGSEFCallback)]  # type: ignore[attr-defined]  # set by a connector
+        same = [x for x in callbacks if x.name == self.name]
+        if len(same) > 1:
+            groupings = " and ".join(repr(grouping_name(x.arguments["grouping"])) for x in same)
+            raise ValueError(
+                f"{len(same)} callbacks of one Trainer (grouping {groupings}) have name="
+                f"{self.name!r}: give each its own, such as name='first', under which it logs and "
+                "is saved"
+            )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Group the weights, with everything that can be wrong about them, before training."""
@@ -226,7 +248,7 @@ class WGSEFCallback(Callback):
             self._state = earlier.state_dict()  # a second fit goes on where the first one ended
         arguments = {**self.arguments, "example_input": self._example_input(trainer, pl_module)}
         if self.slim_to is not None:
-            check_slim_path(self.slim_to)
+            check_slim_path(self.slim_to, "slim_to", make_folder=True)
             if arguments["example_input"] is None:
                 raise ValueError(
                     "slim_to needs an example_input: an argument of WGSEFCallback, or the module's "
@@ -259,6 +281,7 @@ class WGSEFCallback(Callback):
                 stacklevel=2,
             )
         self._summary = PruningSummary(trainer, self.regularizer, self.prefix, self.dashboard)
+        write_layout(trainer, self)
         if self.update_bn and not self.regularizer.frozen:
             self._statistics = BatchNormUpdate(pl_module, self.update_bn)
 
@@ -301,6 +324,8 @@ class WGSEFCallback(Callback):
             self._summary.freeze(trainer)
             for average in average_models(trainer):
                 apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
+        if not self.regularizer.frozen:
+            self._summary.foretell(trainer)
         # With the last batch monitors find the metrics at the end of every epoch.
         due = logs_are_due(trainer) or trainer.is_last_batch
         if due and not trainer.barebones:
@@ -319,18 +344,21 @@ class WGSEFCallback(Callback):
             example = self._example_input(trainer, pl_module)
             self._summary.end(trainer, pl_module, example)
             write_hparams(trainer, self)
-        if not self.regularizer.frozen and self.arguments["freeze"] is not None:
+        if not self._kept_its_promise():
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}
+            steps = [x.freeze_rule.step for x in self.regularizer.pruners]
+            due = f", due at step {steps[0]}" if steps and steps[0] is not None else ""
+            unwritten = f" slim_to: {self.slim_to} was not written." if self.slim_to else ""
             warnings.warn(
-                f"training ended before the mask was frozen; groups alive: {alive}. Train longer, "
-                "shorten the schedule, or take freeze=0.5, which cuts the weakest groups at half "
-                "of training",
+                f"training ended before the mask was frozen{due}; groups alive: {alive}."
+                f"{unwritten} Train longer, name a smaller max_epochs where something else ends "
+                "training (early stopping), or take freeze= with a number of steps that it reaches",
                 stacklevel=2,
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the network without its zero groups; training is not lost if that fails."""
-        if self.slim_to is None:
+        if self.slim_to is None or not self._kept_its_promise():
             return
         try:
             model = unsharded_copy(pl_module)  # of sharded weights every process has a part
@@ -346,6 +374,11 @@ class WGSEFCallback(Callback):
             )
         else:
             trainer.print(f"{self.slim_to}\n{report}")
+
+    def _kept_its_promise(self) -> bool:
+        """Return whether the mask is fixed, unless it never was to be."""
+        never = self.arguments["freeze"] is None
+        return never or (self.regularizer is not None and self.regularizer.frozen)
 
     def _example_input(self, trainer: Trainer, pl_module: LightningModule) -> Any:
         given = self.arguments["example_input"]

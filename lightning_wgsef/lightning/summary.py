@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -11,11 +12,16 @@ from lightning_wgsef.lightning.private import logged_step
 from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.reports.sparsity import sparsity_report
+from lightning_wgsef.training.freezing import forecast, warn_of_late_freeze
 from lightning_wgsef.training.regularizer import WGSEF
 from lightning_wgsef.training.schedules import warn_of_short_way
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
+
+
+# Share of a run after which it is said how it will go on.
+_SEEN_ENOUGH = 0.1
 
 
 class PruningSummary:
@@ -34,6 +40,7 @@ class PruningSummary:
         self._has_summary = _has_summary(trainer)
         self.talks = trainer.is_global_zero and self._has_summary
         self.announced = regularizer.frozen
+        self.foretold = regularizer.frozen or not regularizer.pruners
         self.dashboards = [
             Dashboard(logger.experiment, prefix, regularizer.groups, regularizer.total_steps)
             for logger in (tensorboard_loggers(trainer) if dashboard else [])
@@ -47,8 +54,27 @@ class PruningSummary:
             )
         if writes and not regularizer.frozen:
             warn_of_short_way(regularizer.schedule, regularizer.total_steps)
+            for pruner in regularizer.pruners[:1]:
+                warn_of_late_freeze(pruner.freeze_rule, regularizer.total_steps)
         if self.talks:
             trainer.print(f"{prefix}:\n{regularizer.groups}")
+
+    def foretell(self, trainer: Trainer) -> None:
+        """Say once, after a tenth of the run, whether the budget will be reached, and when.
+
+        Every process has to call it where weights are sharded.
+        """
+        pruner = max(self.regularizer.pruners, key=lambda x: x.freeze_rule.step or 0)
+        run = pruner.total_steps or pruner.freeze_rule.step
+        if self.foretold or run is None or pruner.taken < max(1, _SEEN_ENOUGH * run):
+            return
+        self.foretold = True
+        parts = [part.progress() for part in self.regularizer.pruners if not part.frozen]
+        dead, over = (sum(column) for column in zip(*parts, strict=True))
+        epoch = _steps_of_an_epoch(trainer)
+        if self.talks:
+            words = forecast(pruner.freeze_rule, pruner.taken, dead, over, epoch)
+            trainer.print(f"{self.prefix}: after {pruner.taken} steps: {words}")
 
     def freeze(self, trainer: Trainer) -> None:
         """Say that the mask is fixed, unless it was before."""
@@ -103,3 +129,9 @@ class PruningSummary:
 def _has_summary(trainer: Trainer) -> bool:
     names = {type(callback).__name__ for callback in trainer.callbacks}  # type: ignore[attr-defined]  # set by a connector
     return bool(names & {"ModelSummary", "RichModelSummary"})
+
+
+def _steps_of_an_epoch(trainer: Trainer) -> int | None:
+    """Return the number of optimizer steps of an epoch; None for data of unknown length."""
+    batches = trainer.num_training_batches
+    return None if math.isinf(batches) else -(-int(batches) // trainer.accumulate_grad_batches)

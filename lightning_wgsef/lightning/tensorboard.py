@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.training.options import DEFAULTS
 
 if TYPE_CHECKING:
     from pytorch_lightning import Trainer
@@ -103,7 +106,6 @@ class Dashboard:
         self.history = GroupHistory({layer.name: layer.count for layer in groups.layers})
         self._distance = max(1, (total_steps or 8_000) // TIMES)
         self._next = 0
-        writer.add_custom_scalars({prefix: layout(prefix)})
 
     def log(self, norms: Tensor, budget: float, step: int) -> None:
         """Write how many groups live, of norms of shape (m,); at times histograms and pictures."""
@@ -129,17 +131,53 @@ class Dashboard:
         self.writer.add_scalar(f"{self.prefix}/final_sparsity", sparsity, step)
 
 
-def layout(prefix: str) -> dict[str, list[Any]]:
-    """Return charts of several curves each, as ``SummaryWriter.add_custom_scalars`` takes them.
+def layout(prefix: str, layers: Sequence[str]) -> dict[str, list[Any]]:
+    r"""Return charts of several curves each, as ``SummaryWriter.add_custom_scalars`` takes them.
 
-    >>> sorted(layout("wgsef"))
-    ['budget and groups alive', 'gap', 'group sparsity of layers']
+    TensorBoard reads patterns; of several callbacks each draws its own layers. The step of
+    "frozen" from 0 to 1 marks the freeze beside shares.
+
+    >>> charts = layout("wgsef", ["conv", "fc.1"])
+    >>> sorted(charts)
+    ['accuracy', 'budget and groups alive', 'gap', 'group sparsity of layers']
+    >>> charts["group sparsity of layers"][1]
+    ['wgsef/conv/group_sparsity', 'wgsef/fc\\.1/group_sparsity', 'wgsef/frozen']
     """
+    frozen = re.escape(f"{prefix}/frozen")
+    curves = [re.escape(f"{prefix}/{name}/group_sparsity") for name in layers]
     return {
-        "group sparsity of layers": ["Multiline", [f"{prefix}/.*/group_sparsity"]],
-        "gap": ["Multiline", [f"{prefix}/gap"]],
-        "budget and groups alive": ["Multiline", [f"{prefix}/groups_(alive|budget)"]],
+        "group sparsity of layers": ["Multiline", [*curves, frozen]],
+        "accuracy": ["Multiline", ["(?!wgsef/).*[aA]cc.*", frozen]],
+        "gap": ["Multiline", [re.escape(f"{prefix}/gap")]],
+        "budget and groups alive": [
+            "Multiline",
+            [re.escape(f"{prefix}/groups_{name}") for name in ("alive", "budget")],
+        ],
     }
+
+
+def write_layout(trainer: Trainer, callback: Any) -> None:
+    """Write the charts of all callbacks: TensorBoard knows one layout for a run.
+
+    Args:
+        trainer: at the start of training.
+        callback: one with a dashboard; the last of them writes for all.
+    """
+    shown = with_dashboard(trainer, callback)
+    if not shown or shown[-1] is not callback:
+        return
+    charts = {
+        x.prefix: layout(x.prefix, [layer.name for layer in x.regularizer.groups.layers])
+        for x in shown
+    }
+    for logger in tensorboard_loggers(trainer):
+        logger.experiment.add_custom_scalars(charts)
+
+
+def with_dashboard(trainer: Trainer, callback: Any) -> list[Any]:
+    """Return the callbacks of the same kind that have a dashboard, in the Trainer's order."""
+    kind = type(callback)
+    return [x for x in trainer.callbacks if isinstance(x, kind) and x.dashboard]  # type: ignore[attr-defined]  # set by a connector
 
 
 def write_hparams(trainer: Trainer, callback: Any) -> None:
@@ -149,8 +187,7 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
         trainer: at the end of training.
         callback: one with a dashboard; the last of them writes for all.
     """
-    kind = type(callback)
-    shown = [x for x in trainer.callbacks if isinstance(x, kind) and x.dashboard]  # type: ignore[attr-defined]  # set by a connector
+    shown = with_dashboard(trainer, callback)
     if not shown or shown[-1] is not callback:
         return
     from torch.utils.tensorboard.summary import hparams
@@ -169,9 +206,17 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
 
 
 def _settings(callbacks: list[Any]) -> dict[str, Any]:
+    """Return k, lam, grouping and all other settings that differ from their defaults.
+
+    TensorBoard shows five columns at first, in the order of the alphabet.
+    """
     settings: dict[str, Any] = {}
     for callback in callbacks:
-        own = {name: x for name, x in callback.arguments.items() if name != "example_input"}
+        own = {
+            name: value
+            for name, value in callback.arguments.items()
+            if name not in DEFAULTS or (name != "example_input" and value != DEFAULTS[name])  # type: ignore[literal-required]
+        }
         if own["lam"] is None:
             own["lam"] = callback.regularizer.schedule  # what the default stands for
         settings |= {f"{callback.prefix}/{name}": value for name, value in own.items()}

@@ -67,8 +67,15 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
             raise ValueError(f"path: {path} could not be written: {error}") from error
 
 
-def check_slim_path(path: str | os.PathLike[str]) -> None:
+def check_slim_path(
+    path: str | os.PathLike[str], argument: str = "path", *, make_folder: bool = False
+) -> None:
     """Raise `ValueError` unless a slim network can be written at ``path``, with a report beside it.
+
+    Args:
+        path: the file.
+        argument: what messages call it.
+        make_folder: make its folder, if there is none.
 
     >>> check_slim_path("small.pt")
     Traceback (most recent call last):
@@ -77,9 +84,10 @@ def check_slim_path(path: str | os.PathLike[str]) -> None:
     """
     if Path(path).suffix != ".safetensors":
         raise ValueError(
-            f"path must end in .safetensors, the format of slim networks, got {os.fspath(path)!r}"
+            f"{argument} must end in .safetensors, the format of slim networks, got "
+            f"{os.fspath(path)!r}"
         )
-    check_writable(path)
+    check_writable(path, argument, make_folder=make_folder)
 
 
 def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module]) -> nn.Module:

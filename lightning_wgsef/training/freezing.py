@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from numbers import Integral, Real
 
 import torch
@@ -145,3 +147,76 @@ def _after(one: int | float, other: int | float, total: int | None, unknown: boo
             return unknown
         return in_steps("length", one, total) > in_steps("length", other, total)
     return one > other
+
+
+def warn_of_late_freeze(rule: FreezeRule, total: int | None) -> None:
+    """Say at the start that training of ``total`` steps ends before the mask is to be fixed."""
+    step = rule.step
+    if step is None or total is None or step <= total:
+        return
+    cause = str(rule.schedule) if rule.freeze == "converged" else f"freeze={rule.freeze}"
+    warnings.warn(
+        f"{cause} fixes the mask at step {step}, but training ends at step {total} (max_epochs or "
+        "max_steps of the Trainer): the budget will not be kept. Train longer, or name a share of "
+        "training (float) instead of a number of steps",
+        stacklevel=3,
+    )
+
+
+def forecast(rule: FreezeRule, taken: int, dead: int, over: int, epoch: int | None = None) -> str:
+    """Say whether the budget will be reached, and when the mask will be fixed.
+
+    A homotopy ends at its budget. With other schedules groups are taken to die on at the rate of
+    the steps so far.
+
+    Args:
+        rule: by which the mask is fixed.
+        taken: steps so far.
+        dead: how many groups have died.
+        over: how many that live would be cut if the mask were fixed now.
+        epoch: how many steps an epoch has, if known; epochs count from 0, as Lightning's.
+
+    >>> forecast(FreezeRule("converged", Homotopy(), total_steps=400), 40, 0, 30, epoch=100)
+    'the budget will be reached at step 200 (epoch 1) of 400, the mask fixed then'
+    >>> from lightning_wgsef.training.schedules import Constant
+    >>> rule = FreezeRule("converged", Constant(0.1), total_steps=400)
+    >>> print(forecast(rule, taken=40, dead=3, over=30))
+    the budget will not be reached: at the rate so far (3 groups in 40 steps) 11 groups will have \
+to be cut when the mask is fixed at step 300 of 400
+    >>> print(forecast(rule, taken=40, dead=20, over=30))
+    at the rate so far (20 groups in 40 steps) the budget will be reached at step 100 of 400; the \
+mask will be fixed once nothing changes any more, at step 300 of 400 at the latest
+    """
+
+    def at(step: int) -> str:
+        within = "" if epoch is None else f" (epoch {(step - 1) // epoch})"
+        return f"step {step}{within}" + ("" if rule.total_steps is None else f" of {total}")
+
+    total, step = rule.total_steps or math.inf, rule.step
+    arrives = rule.schedule.steps(rule.total_steps) if rule.schedule.homotopy else None
+    if step is None:
+        fixed = "the mask will not be fixed (freeze=None)"
+    elif step > total:
+        return f"the mask will not be fixed: that is due at step {step}, training ends at {total}"
+    elif rule.waits:
+        fixed = f"the mask will be fixed once nothing changes any more, at {at(step)} at the latest"
+    else:
+        fixed = f"the mask will be fixed at {at(step)}"
+    if arrives is not None and arrives > total:
+        return f"the budget will not be reached: that takes {arrives} steps; {fixed}"
+    if arrives is not None:
+        then = "the mask fixed then" if arrives == step else fixed
+        return f"the budget will be reached at {at(arrives)}, {then}"
+    if not over:
+        return f"the budget is kept already; {fixed}"
+    rate = f"at the rate so far ({dead} groups in {taken} steps)"
+    reached = taken + math.ceil(over * taken / dead) if dead else math.inf
+    if reached <= min(total, math.inf if step is None else step):
+        return f"{rate} the budget will be reached at {at(int(reached))}; {fixed}"
+    if step is None:
+        return f"the budget will not be reached: {rate} too few die; {fixed}"
+    left = over - dead * (step - taken) // taken
+    return (
+        f"the budget will not be reached: {rate} {left} groups will have to be cut when the mask "
+        f"is fixed at {at(step)}"
+    )

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 from typing_extensions import Unpack
 
-from lightning_wgsef.groupings.budget import Budget
+from lightning_wgsef.groupings.budget import DEFAULT_K, Budget
 from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import check_arguments, group_parameters
 from lightning_wgsef.groupings.registry import Grouping
@@ -46,7 +46,8 @@ class PruningOptions(TypedDict, total=False):
             the latest), a number of steps (int) or a share of training (float), or None (never).
             At a given or latest step the weights are projected onto the budget.
         masks: "from_zeros": keep the zero groups that the model already has, from the first step;
-            a path: those of a checkpoint; None: find them. k and lam are not used with masks.
+            a path: those of a checkpoint; None: find them. There is nothing to find then: k, lam,
+            debias, metric, half_space and freeze are refused beside masks.
     """
 
     scope: Literal["layer", "global"]
@@ -112,7 +113,7 @@ class Settings:
 
     def __init__(
         self,
-        k: Budget | CubicRamp = 0.5,
+        k: Budget | CubicRamp = DEFAULT_K,
         lam: float | Schedule | None = None,
         grouping: Grouping = "channel",
         **given: Unpack[PruningOptions],
@@ -129,6 +130,7 @@ class Settings:
         self.grouping |= {"grouping": grouping, "k": k.k if isinstance(k, CubicRamp) else k}
         check_arguments(**self.grouping)
         if options["masks"] is not None:
+            _check_masks_alone(k, lam, options)
             self.grouping["k"] = 1.0  # what is alive then is the budget
         check_freeze(options["freeze"])
         self.penalty = Envelope() if options["penalty"] is None else options["penalty"]
@@ -138,3 +140,19 @@ class Settings:
         check_step(options["metric"], self.penalty, self.schedule, self.debias, options["scope"])
         self.half_space = as_half_space(options["half_space"])
         check_order(options["freeze"], self.schedule, self.ramp, self.half_space)
+
+
+def _check_masks_alone(
+    k: Budget | CubicRamp, lam: float | Schedule | None, options: PruningOptions
+) -> None:
+    """Raise `ValueError` for arguments by which masks are found, where they are given."""
+    given = {"k": k, "lam": lam, **options}
+    defaults = {"k": DEFAULT_K, "lam": None, **DEFAULTS}
+    searching = ("k", "lam", "debias", "metric", "half_space", "freeze")
+    idle = {name: given[name] for name in searching if given[name] != defaults[name]}
+    if idle:
+        named = ", ".join(f"{name}={value!r}" for name, value in idle.items())
+        raise ValueError(
+            f"masks={options['masks']!r} says which groups stay; {named} would not be used: leave "
+            f"out {', '.join(idle)}, or masks"
+        )

@@ -21,6 +21,9 @@ from lightning_wgsef.training.scope import value_and_gap
 # Steps between two checks that need numbers on the host: convergence, collapse, finite weights.
 CHECK_EVERY = 50
 
+# Share of all groups beyond which a cut at the freeze is reported, whatever led to it.
+_LARGE_CUT = 0.1
+
 # Share of its norm at the start at which a layer has collapsed.
 _COLLAPSED = 1e-3
 
@@ -126,8 +129,14 @@ class Pruner:
         self.taken += 1
         if self.taken % CHECK_EVERY == 0:
             self._check_progress()
-        if self.freeze_rule.waits and self.freeze_rule.due(self.taken):
+        if self.freeze_rule.due(self.taken):
             self._alive = self.groups.norms() > 0  # the optimizer moves dead groups, too
+
+    def progress(self) -> tuple[int, int]:
+        """Return how many groups have died, and how many more a freeze would cut now."""
+        survivors = self.step.survivors(self.step.norms(), self.groups.budgets)
+        alive = self.groups.norms() > 0
+        return int((~alive).sum()), int((alive & ~survivors).sum())
 
     def freeze(self, alive: Tensor) -> None:
         """Fix the mask: ``alive`` is a boolean for every group, shape (m,)."""
@@ -191,16 +200,23 @@ class Pruner:
         """Say how many groups of every layer the budget cuts that had not faded by themselves."""
         if self._alive is None:
             return
-        parts = self.groups.split(self._alive & ~alive)
-        cut = {name: int(part.sum()) for name, part in parts.items()}
-        if any(cut.values()):
-            homotopy = ", lam=Homotopy(), which arrives without a jump," if self._has_budget else ""
+        dying = self._alive & ~alive
+        cut = {name: int(part.sum()) for name, part in self.groups.split(dying).items()}
+        if sum(cut.values()) > (0 if self.freeze_rule.waits else max(1, _LARGE_CUT * len(alive))):
+            latest = ", three quarters of training" if self.freeze_rule.waits else ""
             warnings.warn(
-                f"lam = {self.step.schedule} had not reached the budget by step {self.taken}, "
-                f"three quarters of training: the weakest groups were cut to keep it {cut}. Try a "
-                f"larger lam{homotopy} or an earlier freeze=",
+                f"lam = {self.step.schedule} had not reached the budget by step {self.taken}"
+                f"{latest}: the weakest groups were cut to keep it {cut}. {self._advice()}",
                 stacklevel=2,
             )
+
+    def _advice(self) -> str:
+        """Say what reaches the budget before the mask is fixed."""
+        if not self._has_budget:
+            return "Try a larger lam"
+        if self.step.schedule.homotopy:
+            return "Give the ramp more steps: train longer, or take a later freeze= or length="
+        return "Take a number for lam or None: either arrives at the budget without a jump"
 
     def _warn_of_collapse(self, norms: Tensor) -> None:
         """Say once which layers fade as a whole."""

@@ -40,8 +40,15 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def check_writable(path: str | os.PathLike[str]) -> Path:
+def check_writable(
+    path: str | os.PathLike[str], argument: str = "path", *, make_folder: bool = False
+) -> Path:
     """Return a free name beside ``path``, where a file can be written.
+
+    Args:
+        path: the file.
+        argument: what messages call it.
+        make_folder: make its folder, if there is none.
 
     Raises:
         ValueError: no file can be written there.
@@ -57,11 +64,13 @@ directory
     try:
         if target.is_dir():
             raise IsADirectoryError(None, "it is a directory")
+        if make_folder:
+            target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch(exist_ok=False)
         temporary.unlink()
     except OSError as error:
         raise ValueError(
-            f"path must be a file that can be written, got {str(target)!r}: {error.strerror}"
+            f"{argument} must be a file that can be written, got {str(target)!r}: {error.strerror}"
         ) from error
     return temporary
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.network import attention as attention
 from lightning_wgsef.network.attention import ProjectionNames, register_projections
@@ -402,3 +403,31 @@ def test_wrappers_do_not_show_in_names():
     groups = head_groups(torch.compile(network, backend="eager"))
     assert names(groups) == ["0", "1"]
     assert [member.name for member in groups.layout.members] == expected
+
+
+class OwnAttention(nn.Module):
+    """Projections with known names, and heads that nothing counts."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.v_proj, self.out_proj = nn.Linear(8, 8), nn.Linear(8, 8)
+
+
+@pytest.mark.parametrize("argument", ["include", "k"])
+@pytest.mark.parametrize("pattern", ["*attn*", "attn", "attn?"])
+@pytest.mark.parametrize("others", [0, 1])
+def test_whoever_names_an_attention_is_told_why_it_cannot_be_grouped(argument, pattern, others):
+    attention = {"attn": OwnAttention()} if pattern != "attn?" else {"attn1": OwnAttention()}
+    more = {"other": nn.MultiheadAttention(8, 2)} if others else {}
+    model = nn.ModuleDict({**attention, **more})
+    arguments = {"include": pattern} if argument == "include" else {"k": {pattern: 1}}
+    with pytest.raises(ValueError, match="number of heads is unknown") as caught:
+        group_parameters(model, "head", **arguments)
+    assert str(caught.value).startswith(f"{argument}: layer '{next(iter(attention))}' cannot be")
+
+
+def test_a_pattern_of_nothing_where_nothing_can_be_grouped():
+    with pytest.raises(ValueError, match="number of heads is unknown") as caught:
+        group_parameters(nn.ModuleDict({"attn": OwnAttention()}), "head", include="*other*")
+    assert "has no layer that grouping='head' can group" in str(caught.value)

@@ -101,8 +101,39 @@ def test_torchs_layout_would_notice_a_third_weight():
     assert not torch.equal(again, weight)
 
 
-def test_the_table_says_two_of_four():
-    assert "2 of 4" in str(group_parameters(nn.Linear(8, 4), "2:4", k=0.9))
+@pytest.mark.parametrize("k", [0.5, {"": 0.5}])
+def test_the_table_says_two_of_four(k):
+    assert "2 of 4" in str(group_parameters(nn.Linear(8, 4), "2:4", k=k))
+
+
+@pytest.mark.parametrize(
+    ("grouping", "k", "words"),
+    [
+        ("2:4", 0.9, "k = 0.9 is not used with grouping='2:4'"),
+        ("2:4", 2, "k = 2 is not used with grouping='2:4'"),
+        ("1:4", {"0": 0.3}, "k['0'] = 0.3 is not used with grouping='1:4'"),
+        ({"0": "2:4", "1": "filter"}, {"0": 0.3, "1": 0.3}, "k['0'] = 0.3 is not used"),
+    ],
+)
+def test_a_budget_beside_one_that_the_name_says(grouping, k, words):
+    with pytest.raises(ValueError, match="name says how many stay") as caught:
+        group_parameters(nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4)), grouping, k, include="*")
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("grouping", "k"),
+    [
+        ("1:4", 0.25),
+        ({"0": "2:4", "1": "channel"}, 0.3),
+        ({"0": "2:4", "1": "channel"}, {"1": 0.3, "0": 0.5}),
+    ],
+)
+def test_a_budget_that_the_name_says_or_that_others_use(grouping, k):
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 4))
+    groups = group_parameters(model, grouping, k)
+    assert groups.layers[0].m == 4
+    assert groups.layers[0].budget == (1 if grouping == "1:4" else 2)
 
 
 def test_layers_that_do_not_divide():

@@ -238,6 +238,11 @@ def callbacks(draw: Any, network: Network, steps: int) -> dict[str, Any]:
         "masks": draw(st.sampled_from((None, None, "from_zeros"))) if network.zeros else None,
         "freeze": freeze,
     }
+    if drawn["masks"] and not careless:  # nothing is left to find
+        idle = ("k", "lam", "debias", "metric", "penalty", "half_space")
+        drawn |= {**dict.fromkeys(idle), "freeze": "converged"}
+    if all(re.fullmatch(r"\d+:\d+", str(x)) for x in named(grouping).values()) and not careless:
+        drawn["k"] = None  # the name says it
     return {name: value for name, value in drawn.items() if value is not None or name == "freeze"}
 
 

@@ -147,19 +147,24 @@ def test_curves_of_every_layer_are_drawn(page: Callable[..., Any]) -> None:
 
 def test_the_layout_draws_layers_together(page: Callable[..., Any]) -> None:
     driver = page("custom_scalars")
-    titles = ("group sparsity of layers", "gap", "budget and groups alive")
-    text = wait_for_words(driver, *titles, "Matches (3)", "Matches (1)", "Matches (2)")
-    curves = {name for name in text.splitlines() if name.startswith("wgsef/")}
+    titles = ("group sparsity of layers", "accuracy", "gap", "budget and groups alive")
+    text = wait_for_words(
+        driver, *titles, "Matches (4)", "Matches (1)", "Matches (2)", "accuracy ("
+    )
+    curves = {name for name in text.splitlines() if name.endswith(" (version_0)")}
     assert curves == {
         f"{tag} (version_0)"
         for tag in (
             *(f"wgsef/network.{layer}/group_sparsity" for layer in LAYERS),
+            "wgsef/frozen",
+            "val/accuracy",
+            "test/accuracy",
             "wgsef/gap",
             "wgsef/groups_alive",
             "wgsef/groups_budget",
         )
     }
-    elements(driver, "vz-line-chart2", 3)
+    elements(driver, "vz-line-chart2", 4)
     keep(driver, "curves", height=640)
 
 
@@ -184,15 +189,8 @@ def test_settings_stand_beside_results(page: Callable[..., Any]) -> None:
     driver = page("hparams")
     (table,) = elements(driver, "tf-hparams-table-view", 1)
     (pane,) = elements(driver, "tf-hparams-query-pane", 1)
-    named = ("k", "lam", "grouping", "scope", "weights", "costs", "metric", "freeze")
-    for name in ("lr", "optimizer", *(f"wgsef/{name}" for name in named)):
+    for name in ("lr", "optimizer", "wgsef/k", "wgsef/lam", "wgsef/grouping"):
         assert wait_for(lambda name=name: name in pane.text, name)
-    for box in driver.execute_script(FIND, "paper-checkbox"):
-        # Five columns are ticked, in the order of the alphabet.
-        if box.text in ("wgsef/k", "wgsef/lam", "wgsef/grouping") and not box.get_property(
-            "checked"
-        ):
-            driver.execute_script("arguments[0].click()", box)
     shown = ("0.25000", "Homotopy(", "channel", "wgsef/final_sparsity", "val/accuracy")
     assert wait_for(lambda: all(word in table.text for word in shown), f"{shown}")
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef import WGSEF, Constant, Homotopy, WGSEFCallback
 from lightning_wgsef.training.options import ARGUMENTS, DEFAULTS, PruningOptions, Settings
-from tests.helpers.groups import dense_network
+from tests.helpers.groups import dense_network, raises_naming
 from tests.helpers.trainers import NAMESPACES, alive, loader, make_module, make_trainer, namespace
 
 BUDGET = {"conv2": 2, "fc": 3}
@@ -33,6 +33,7 @@ def test_only_change_to_a_script(name: str, as_list: bool) -> None:
     assert not model.trainer.optimizers[0]._optimizer_step_post_hooks
 
 
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_first_lines_of_the_package_description() -> None:
     model = make_module(optimizer="sgd")
     callback = WGSEFCallback(k=0.25, lam=Constant(1e-2), grouping="channel", freeze=0.5)
@@ -158,6 +159,7 @@ def test_fine_tuning_weights_that_are_not_pruned() -> None:
         make_trainer([WGSEFCallback(masks="from_zeros")]).fit(make_module(), loader())
 
 
+@pytest.mark.filterwarnings("ignore:.* fixes the mask at step 30")
 def test_second_fit_goes_on_and_another_model_starts_anew() -> None:
     model, other = make_module(), make_module()
     callback = WGSEFCallback(k=0.25, lam=Homotopy(length=30))
@@ -240,8 +242,24 @@ def test_two_callbacks_on_their_own_layers_and_overlapping() -> None:
     third = WGSEFCallback(k=0.5, grouping="filter", include="conv2", name="more")
     with pytest.raises(ValueError, match=r"overlap.*conv2\.weight.*'conv2' \(\w+\) of another"):
         make_trainer([second, third]).fit(make_module(), loader())
-    with pytest.raises(RuntimeError, match="state_key"):
-        make_trainer([WGSEFCallback(k=0.5), WGSEFCallback(k=0.5, grouping="filter")])
+
+
+@pytest.mark.parametrize("called", [None, "mine"])
+@pytest.mark.parametrize("name", NAMESPACES)
+def test_two_callbacks_of_one_name_are_told_to_take_two(name: str, called: str | None) -> None:
+    both = [WGSEFCallback(name=called), WGSEFCallback(grouping="filter", name=called)]
+    trainer = make_trainer(both, name)
+    with raises_naming("grouping 'channel' and 'filter'", f"name={called!r}", "name='first'"):
+        trainer.fit(make_module(name), loader())
+    assert both[0].regularizer is both[1].regularizer is None
+
+
+@pytest.mark.parametrize(("called", "key"), [(None, "WGSEFCallback"), ("a", "WGSEFCallback[a]")])
+def test_the_key_of_the_saved_state(tmp_path: Any, called: str | None, key: str) -> None:
+    trainer = make_trainer([WGSEFCallback(k=0.25, name=called)])
+    trainer.fit(make_module(), loader())
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    assert list(torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]) == [key]
 
 
 def test_constant_lam_keeps_the_budget_even_if_it_does_not_converge() -> None:
@@ -253,11 +271,35 @@ def test_constant_lam_keeps_the_budget_even_if_it_does_not_converge() -> None:
     assert callback.regularizer.pruners[0].taken == 30  # of 40
 
 
+@pytest.mark.filterwarnings("ignore:.* fixes the mask at step 1000")
 def test_training_that_ends_before_the_freeze_says_so() -> None:
     model = make_module()
     callback = WGSEFCallback(k=0.25, lam=Homotopy(length=1000))
     with pytest.warns(UserWarning, match=r"ended before the mask was frozen.*'conv2': 8"):
         make_trainer([callback], max_epochs=1).fit(model, loader())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "cause"),
+    [
+        ({"lam": Homotopy(length=21)}, r"Homotopy\(.*length=21.*\) fixes the mask at step 21"),
+        ({"freeze": 21}, "freeze=21 fixes the mask at step 21"),
+        ({"lam": Constant(0.1), "freeze": 50}, "freeze=50 fixes the mask at step 50"),
+    ],
+)
+@pytest.mark.parametrize("length", [{"max_epochs": 1}, {"max_epochs": -1, "max_steps": 20}])
+@pytest.mark.filterwarnings("ignore:training ended before the mask was frozen")
+def test_a_freeze_beyond_the_end_of_training_is_said_at_the_start(
+    arguments: dict[str, Any], cause: str, length: dict[str, int]
+) -> None:
+    class Stops(pl.Callback):
+        def on_train_batch_start(self, trainer: Any, *_: Any) -> None:
+            trainer.should_stop = True
+
+    trainer = make_trainer([WGSEFCallback(**arguments), Stops()], min_epochs=0, **length)
+    with pytest.warns(UserWarning, match=cause + ", but training ends at step 20 .*Train longer"):
+        trainer.fit(make_module(), loader())
+    assert trainer.global_step <= 20
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "64-true", "bf16-mixed"])

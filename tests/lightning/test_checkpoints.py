@@ -82,6 +82,7 @@ def test_weights_only_checkpoint(tmp_path: Any) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.filterwarnings("ignore:.* fixes the mask at step 7")
 def test_validate_and_test_with_a_checkpoint(tmp_path: Any) -> None:
     """They show the weights of the file, be they dense or pruned, and a fit goes on from there."""
 

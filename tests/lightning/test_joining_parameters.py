@@ -114,6 +114,7 @@ class Joining(Unfreezing):
 
 @pytest.mark.filterwarnings("ignore:.*no optimizer trains these")
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
     """Saved when two of four epochs are over, before and after the freeze."""
 

@@ -171,6 +171,7 @@ def test_fit_from_a_file(name: str, shape: str, tmp_path: Path) -> None:
     assert callback_of(cli).regularizer.pruners[0].taken == 10  # half of training
 
 
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_penalty_with_a_number_as_lam(tmp_path: Path) -> None:
     text = "penalty: lightning_wgsef.GroupLasso, lam: 1, freeze: 5, include: net.4, k: 1"
     cli = command("pytorch_lightning", ["fit", *configured(tmp_path, one(text))])

@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 
 from lightning_wgsef import WGSEFCallback
@@ -66,18 +67,52 @@ def test_without_an_example(tmp_path: Any) -> None:
     assert os.listdir(tmp_path) == []
 
 
+def test_its_folder_is_made(tmp_path: Any) -> None:
+    path = tmp_path / "some" / "where" / "small.safetensors"
+    fit(WGSEFCallback(k=0.25, slim_to=path, example_input=EXAMPLE))
+    assert sorted(os.listdir(path.parent)) == ["small.json", "small.safetensors"]
+
+
 def test_where_nothing_can_be_written(tmp_path: Any) -> None:
     """Said before training."""
-    callback = WGSEFCallback(slim_to=tmp_path / "none" / "small.safetensors", example_input=EXAMPLE)
-    with raises_naming("path", "none", "No such file"):
+    (tmp_path / "file").touch()
+    callback = WGSEFCallback(slim_to=tmp_path / "file" / "small.safetensors", example_input=EXAMPLE)
+    with raises_naming("slim_to must be a file that can be written", "small.safetensors"):
         fit(callback)
     assert callback.regularizer is None
+
+
+def test_training_that_stops_before_the_freeze_writes_nothing(tmp_path: Any) -> None:
+    """A dense network is not what was asked for."""
+    path = tmp_path / "small.safetensors"
+    callback = WGSEFCallback(k=0.25, slim_to=path, example_input=EXAMPLE)
+    stopping = pl.callbacks.EarlyStopping("loss", patience=1, min_delta=100.0)
+    model = make_module()
+    trainer = make_trainer([callback, Loss(), stopping], max_epochs=50)
+    with pytest.warns(UserWarning, match="ended before the mask was frozen") as caught:
+        trainer.fit(model, loader())
+    (said,) = [str(one.message) for one in caught if "frozen" in str(one.message)]
+    assert "due at step 500; groups alive: {'conv2': 8, 'fc': 12}" in said
+    assert f"slim_to: {path} was not written. Train longer, name a smaller max_epochs" in said
+    assert trainer.current_epoch < 5
+    assert os.listdir(tmp_path) == []
+
+
+class Loss(pl.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *_: Any) -> None:
+        pl_module.log("loss", outputs["loss"], on_step=False, on_epoch=True)
+
+
+def test_a_mask_that_was_never_to_be_frozen(tmp_path: Any) -> None:
+    path = tmp_path / "small.safetensors"
+    fit(WGSEFCallback(k=0.25, freeze=None, slim_to=path, example_input=EXAMPLE))
+    assert sorted(os.listdir(tmp_path)) == ["small.json", "small.safetensors"]
 
 
 @pytest.mark.parametrize("name", ["small.json", "small.pt", "small"])
 def test_another_ending(tmp_path: Any, name: str) -> None:
     """The report of a network in small.json would take its place."""
-    with raises_naming("path must end in .safetensors", name):
+    with raises_naming("slim_to must end in .safetensors", name):
         fit(WGSEFCallback(slim_to=tmp_path / name, example_input=EXAMPLE))
     assert os.listdir(tmp_path) == []
 

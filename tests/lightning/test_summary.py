@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 
 from lightning_wgsef import Constant, Homotopy, WGSEFCallback
+from lightning_wgsef.training.freezing import FreezeRule, forecast
 from tests.helpers.trainers import NAMESPACES, loader, make_module, make_trainer
 
 
@@ -117,3 +118,56 @@ def test_sparsity_and_gap_are_in_the_progress_bar(bar: str) -> None:
     make_trainer(both, enable_progress_bar=True).fit(make_module(), loader())
     assert set(seen) == {"wgsef/sparsity", "wgsef/gap"}
     assert seen["wgsef/sparsity"] == pytest.approx(1 - (2 * 108 + 3 * 10) / (8 * 108 + 12 * 10))
+
+
+@pytest.mark.parametrize(
+    ("lam", "freeze", "words"),
+    [
+        (None, "converged", "the budget will be reached at step 20 (epoch 0) of 40, the mask"),
+        (0.1, 0.75, "the budget will be reached at step 30 (epoch 1) of 40, the mask fixed then"),
+        (Homotopy(), 0.75, "the budget will be reached at step 30 (epoch 1) of 40, the mask fixed"),
+        (Homotopy(), None, "at step 20 (epoch 0) of 40, the mask will not be fixed (freeze=None)"),
+        (Constant(1e-9), None, "(0 groups in 4 steps) too few die; the mask will not be fixed"),
+        (Constant(1e-9), 1.0, "15 groups will have to be cut when the mask is fixed at step 40"),
+        (Constant(1e-9), "converged", "to be cut when the mask is fixed at step 30 (epoch 1)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:lam = Constant.* had not reached")
+def test_a_forecast_after_a_tenth_of_the_run(
+    capsys: pytest.CaptureFixture[str], lam: Any, freeze: Any, words: str
+) -> None:
+    callback = WGSEFCallback(k=0.25, lam=lam, freeze=freeze)
+    make_trainer([callback], enable_model_summary=True).fit(make_module(), loader())
+    (line,) = re.findall("^wgsef: after .*$", capsys.readouterr().out, re.MULTILINE)
+    assert line.startswith("wgsef: after 4 steps: ")
+    assert words in line
+
+
+@pytest.mark.parametrize("taken", [40, 12])
+def test_a_forecast_by_the_rate_comes_true(taken: int) -> None:
+    """What lives beyond the budget at a constant rate: the oracle counts every step."""
+    rule = FreezeRule("converged", Constant(0.1), total_steps=400)
+    for dead, over in ((1, 20), (7, 13), (20, 30)):
+        said = forecast(rule, taken, dead, over)
+        reached = next(n for n in range(taken, 10**6) if dead * (n - taken) >= over * taken)
+        if reached <= 300:
+            assert f"reached at step {reached} of 400" in said
+        else:
+            cut = over - dead * (300 - taken) // taken
+            assert f"{cut} groups will have to be cut when the mask is fixed at step 300" in said
+
+
+def test_a_forecast_of_a_ramp_that_training_is_too_short_for() -> None:
+    rule = FreezeRule("converged", Homotopy(length=1000), total_steps=40)
+    assert "will not be fixed: that is due at step 1000, training ends at 40" in forecast(
+        rule, 4, 0, 9
+    )
+
+
+def test_no_forecast_where_masks_are_given(capsys: pytest.CaptureFixture[str]) -> None:
+    model = make_module()
+    with torch.no_grad():
+        model.conv2.weight[:, :3] = 0
+    callback = WGSEFCallback(masks="from_zeros")
+    make_trainer([callback], enable_model_summary=True).fit(model, loader())
+    assert "will be" not in capsys.readouterr().out

@@ -33,6 +33,16 @@ def events(folder: Path) -> EventAccumulator:
     return accumulator
 
 
+def charts_of(found: EventAccumulator) -> dict[str, dict[str, list[str]]]:
+    """The patterns of every chart of every category."""
+    (event,) = found.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    return {
+        category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
+        for category in layout.category
+    }
+
+
 def test_without_it_there_are_scalars_alone(tmp_path: Path) -> None:
     tags = run(tmp_path, dashboard=False).Tags()
     assert not tags["images"]
@@ -44,14 +54,15 @@ def test_without_it_there_are_scalars_alone(tmp_path: Path) -> None:
 def test_layout_histograms_pictures_report_and_hparams(tmp_path: Path) -> None:
     found = run(tmp_path)
     tags = found.Tags()
-    layout = layout_pb2.Layout()
-    layout.ParseFromString(found.Tensors("custom_scalars__config__")[0].tensor_proto.string_val[0])
-    charts = {chart.title: list(chart.multiline.tag) for chart in layout.category[0].chart}
-    assert layout.category[0].title == "wgsef"
-    assert charts == {
-        "group sparsity of layers": ["wgsef/.*/group_sparsity"],
+    assert charts_of(found)["wgsef"] == {
+        "group sparsity of layers": [
+            "wgsef/conv2/group_sparsity",
+            "wgsef/fc/group_sparsity",
+            "wgsef/frozen",
+        ],
+        "accuracy": ["(?!wgsef/).*[aA]cc.*", "wgsef/frozen"],
         "gap": ["wgsef/gap"],
-        "budget and groups alive": ["wgsef/groups_(alive|budget)"],
+        "budget and groups alive": ["wgsef/groups_alive", "wgsef/groups_budget"],
     }
     assert tags["histograms"] == ["wgsef/conv2/norms", "wgsef/fc/norms"]
     assert tags["images"] == ["wgsef/conv2/life_of_the_groups", "wgsef/fc/life_of_the_groups"]
@@ -108,6 +119,14 @@ def test_hparams_of_the_module_and_of_two_callbacks_stand_together(tmp_path: Pat
     assert settings["wgsef/grouping"].string_value == "channel"
     assert settings["wgsef/lam"].string_value.startswith("Homotopy(")
     assert settings["wgsef/second/grouping"].string_value == "filter"
+    shown = [f"wgsef/{name}" for name in ("grouping", "include", "k", "lam")]
+    more = [f"wgsef/second/{name}" for name in ("exclude", "grouping", "k", "lam")]
+    assert sorted(settings) == [*shown, *more, "width"]  # what is a default is no column
+    charts = charts_of(found)
+    assert {title: tags["group sparsity of layers"] for title, tags in charts.items()} == {
+        "wgsef": ["wgsef/conv2/group_sparsity", "wgsef/frozen"],
+        "wgsef/second": ["wgsef/second/conv1/group_sparsity", "wgsef/second/frozen"],
+    }
     results = {metric.name.tag for metric in hparams(found, "experiment").experiment.metric_infos}
     assert {"wgsef/final_sparsity", "wgsef/second/final_sparsity"} <= results
     assert results <= set(found.Tags()["scalars"])

@@ -71,6 +71,7 @@ def test_averages_keep_the_zeros(what: str, start: int, first: bool) -> None:
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`")
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_checkpoints_hold_a_sparse_average(first: bool, tmp_path: Any) -> None:
     """Saved at step 12, after the freeze at step 6; the fit that goes on from it stays sparse."""
     callback, average = pruning(6), EMAWeightAveraging(decay=0.5)

@@ -18,6 +18,7 @@ from lightning_wgsef import (
     Groups,
     Homotopy,
     Warmup,
+    WGSEFCallback,
     group_parameters,
 )
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
@@ -350,7 +351,8 @@ def test_groups_that_the_optimizer_moves_again_were_not_cut(lam: float) -> None:
 
 
 @pytest.mark.parametrize(
-    ("penalty", "advice"), [(None, "lam=Homotopy()"), (GroupLasso(), "Try a larger lam or an")]
+    ("penalty", "advice"),
+    [(None, "Take a number for lam or None: either arrives"), (GroupLasso(), "Try a larger lam")],
 )
 def test_a_cut_is_reported_with_advice_that_can_be_followed(penalty, advice: str) -> None:
     model = dense_network()
@@ -360,9 +362,40 @@ def test_a_cut_is_reported_with_advice_that_can_be_followed(penalty, advice: str
     with pytest.warns(UserWarning, match="had not reached the budget by step 6") as caught:
         train(model, optimizer, batches(8))
     assert advice in str(caught[0].message)
-    assert ("Homotopy" in str(caught[0].message)) == (penalty is None)
+    assert ("arrives" in str(caught[0].message)) == (penalty is None)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        ({"lam": Constant(1e-6), "freeze": 6}, "Take a number for lam or None"),
+        ({"lam": Warmup(1e-6), "freeze": 0.5}, "Take a number for lam or None"),
+        ({"lam": Homotopy(start=1e-9, length=4)}, "Give the ramp more steps"),
+    ],
+)
+def test_a_freeze_that_cuts_more_than_a_tenth_warns_whatever_its_cause(
+    arguments: dict[str, Any], advice: str
+) -> None:
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    WGSEF(model, k=2, total_steps=12, **arguments).attach(optimizer)
+    with pytest.warns(UserWarning, match="weakest groups were cut to keep it") as caught:
+        train(model, optimizer, batches(12))
+    assert advice in str(caught[0].message)
+    assert "three quarters" not in str(caught[0].message)
+
+
+def test_a_freeze_that_cuts_less_than_a_tenth_of_the_groups() -> None:
+    """One of 11; a warning is an error."""
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+    k = {"2": 4, "3": 6}
+    regularizer = WGSEF(model, k=k, lam=Constant(1e-6), freeze=6).attach(optimizer)
+    train(model, optimizer, batches(8))
+    assert {name: int(x.sum()) for name, x in regularizer.masks.items()} == k
+
+
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_freeze_at_a_given_step_projects_onto_the_budget() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -423,6 +456,7 @@ def weighted(model: nn.Module) -> Groups:
 
 
 @pytest.mark.parametrize("lam", [Homotopy(length=3), Constant(0.0)])
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_weights_and_costs_of_ones_own_groups_decide_who_stays(lam) -> None:
     model = dense_network()
     with torch.no_grad():
@@ -512,6 +546,24 @@ def test_masks_from_zeros_and_from_a_checkpoint(tmp_path) -> None:
         assert regularizer.groups.budgets.tolist() == [4, 6]
     with pytest.raises(ValueError, match="no group is zero"):
         WGSEF(dense_network(), masks="from_zeros")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"k": 0.25}, "k=0.25"),
+        ({"k": 4}, "k=4"),
+        ({"lam": 0.1}, "lam=0.1"),
+        ({"half_space": 0.5}, "half_space=0.5"),
+        ({"freeze": None}, "freeze=None"),
+        ({"debias": 1.0, "lam": Constant(0.1)}, "lam=Constant(lam=0.1), debias=1.0"),
+        ({"metric": "auto"}, "metric='auto'"),
+    ],
+)
+@pytest.mark.parametrize("make", [WGSEFCallback, lambda **given: WGSEF(dense_network(), **given)])
+def test_what_masks_leave_nothing_to_find_for(make, arguments, named: str) -> None:
+    with raises_naming("masks='from_zeros'", f"{named} would not be used", "leave out"):
+        make(masks="from_zeros", **arguments)
 
 
 OF_ZEROS: dict[str, Any] = {

@@ -43,6 +43,7 @@ EXPECTED = (
     "metric='auto' scales weights one by one",
     "all groups of .* have faded",
     ".* steps to reach the budget",
+    ".* fixes the mask at step",
 )
 pytestmark = pytest.mark.filterwarnings(*(f"ignore:{message}" for message in EXPECTED))
 

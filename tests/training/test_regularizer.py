@@ -198,6 +198,7 @@ def test_fused_step_that_found_infinities_is_skipped() -> None:
     assert regularizer.pruners[0].taken == 2
 
 
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_metrics_have_constant_names_and_true_values() -> None:
     model = dense_network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)

@@ -310,6 +310,7 @@ def test_a_constant_lam_has_no_metric(metric):
     WGSEF(pictures(), 0.5, Homotopy(length=3), metric=metric, scope="global")
 
 
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
 def test_the_end_of_a_constant_lam():
     """Frozen at a given step: exactly the budget, a group of every layer."""
     model = pictures()
