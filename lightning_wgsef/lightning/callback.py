@@ -114,7 +114,7 @@ class WGSEFCallback(Callback):
         freeze: when the mask is fixed: "converged" (at three quarters of training at the latest),
             a number of steps, a share of training, or None (never).
         masks: "from_zeros" keeps the zeros of the model's weights, a path those of a checkpoint:
-            for fine-tuning a pruned network. ``k`` and ``lam`` are not used then.
+            for fine-tuning a pruned network. Arguments that find groups are refused beside it.
         slim_to: where the network without its zero groups is written when the fit ends with a
             frozen mask, as a file of `save_slim` (.safetensors), with a report as JSON beside it;
             its folder is made. Needs an example input.
