@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.costs import Costs
@@ -180,6 +181,10 @@ class WGSEFCallback(Callback):
         self._held_back: list[Any] = []
         self._statistics: BatchNormUpdate | None = None
         self._is_set_up = False
+        self._saving: RemovableHandle | None = None
+        self._said_lost = False
+        self._said_idle = False
+        self._taken: list[int] = []
 
     @property
     def prefix(self) -> str:
@@ -271,6 +276,14 @@ class WGSEFCallback(Callback):
         steps = trainer.estimated_stepping_batches
         self.regularizer.total_steps = int(steps) if 0 < steps < math.inf else None
         self.regularizer.attach(*trainer.optimizers)
+        self.regularizer.watch()
+
+        def before_saving(module: nn.Module, *_: Any) -> None:  # of a copy it stays as it is
+            if module is pl_module:
+                self._keep_masks("before the weights were saved")
+
+        self._saving = pl_module.register_state_dict_pre_hook(before_saving)  # type: ignore[no-untyped-call]
+        self._said_lost = self._said_idle = False
         if self._state:
             self.regularizer.load_state_dict(self._state)
             self._state = {}
@@ -334,10 +347,61 @@ class WGSEFCallback(Callback):
                 pl_module.log(f"{self.prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
             self._summary.log(trainer)
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Count proximal steps."""
+        assert self.regularizer is not None
+        self._taken = [pruner.taken for pruner in self.regularizer.pruners]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say so, once, if a whole epoch passed without a proximal step on some layers."""
+        assert self.regularizer is not None
+        idle = [
+            layer.name
+            for before, pruner in zip(self._taken, self.regularizer.pruners, strict=False)
+            if pruner.taken == before and not pruner.frozen
+            for layer in pruner.groups.layers
+        ]
+        if idle and not self._said_idle:
+            self._said_idle = True
+            warnings.warn(
+                f"no proximal step was taken on {', '.join(idle)} in epoch "
+                f"{trainer.current_epoch}: no optimizer that trains them called step() with "
+                "gradients, so that their groups do not compete and no mask is fixed. Step with "
+                "optimizer.step() (a wrapper has to call that of the optimizer inside it), "
+                "or leave these layers out with exclude=",
+                stacklevel=2,
+            )
+
+    def on_validation_batch_start(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        """Validate the network that the mask stands for, whatever was written before."""
+        if batch_idx == 0 and self._saving is not None:  # within a fit
+            self._keep_masks("before validation")
+
+    def _keep_masks(self, when: str) -> None:
+        assert self.regularizer is not None
+        changed = self.regularizer.keep_masks()
+        if changed and not self._said_lost:
+            self._said_lost = True
+            warnings.warn(
+                f"{', '.join(changed)}: groups that the mask holds at zero were not zero {when}: "
+                "something wrote weights after the optimizer's step (a hook, loaded weights, an "
+                "average, or an optimizer with a second copy of them). They were set to zero "
+                "again, and will be before every validation, in every checkpoint and at the end",
+                stacklevel=2,
+            )
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizers; say so if the budget was not reached."""
         assert self.regularizer is not None
         self.regularizer.check_finite()
+        self._keep_masks("at the end of training")
         self.regularizer.detach()
         self._forget_batches()
         if self._summary is not None and not trainer.interrupted:
@@ -357,7 +421,19 @@ class WGSEFCallback(Callback):
             )
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the network without its zero groups; training is not lost if that fails."""
+        """Write the network without its zero groups; training is not lost if that fails.
+
+        Weights that the module loaded in its own ``on_train_end`` get the mask, too.
+        """
+        self._said_lost = False
+        try:
+            self._keep_masks("after training (on_train_end)")
+        except ValueError as error:
+            nothing = "" if self.slim_to is None else "slim_to: nothing was written: "
+            warnings.warn(f"{nothing}{error}", stacklevel=2)
+            return
+        finally:
+            self._stop_watching()
         if self.slim_to is None or not self._kept_its_promise():
             return
         try:
@@ -405,7 +481,13 @@ class WGSEFCallback(Callback):
             with silent(pl_module), trainer.precision_plugin.forward_context():
                 self._statistics.update()
 
+    def _stop_watching(self) -> None:
+        if self._saving is not None:
+            self._saving.remove()
+            self._saving = None
+
     def _detach(self) -> None:
+        self._stop_watching()
         release_hparams(self._held_back)
         self._forget_batches()
         if self.regularizer is not None:

@@ -84,6 +84,26 @@ def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:
         member.seen(member.weights).masked_fill_(dead, 0)
 
 
+@torch.no_grad()
+def unmasked(groups: Groups, masks: Mapping[str, Tensor]) -> list[str]:
+    """Return the names of the layers in which weights of dead groups are not zero.
+
+    Of sharded parameters every process sees its own part. Waits for an accelerator.
+
+    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
+    >>> groups = group_parameters(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)))
+    >>> unmasked(groups, {"1": torch.tensor([True, False, True])})
+    ['1']
+    """
+    found = [
+        (member.seen(member.weights).masked_fill(~dead, 0) != 0).any()
+        for member, dead in _dead(groups, masks)
+    ]
+    names = [layer.name for layer in groups.layers for _ in layer.members]
+    flags = torch.stack(found).tolist() if found else []
+    return list(dict.fromkeys(name for name, one in zip(names, flags, strict=True) if one))
+
+
 def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor]) -> None:
     """Set dead groups to zero in a copy of the model, such as an average of its weights.
 

@@ -86,20 +86,26 @@ class ProximalStep:
         total_steps: int | None,
     ) -> None:
         self.groups = groups
-        self.optimizer = optimizer
         self.schedule = schedule
         self.debias = debias
         self.penalty = penalty
         self.total_steps = total_steps
         self.size: float | Tensor = 0.0
-        self._owner = self._param_groups_of_layers()
         self._resolution = self._lowest_resolution()
         self.remainder: Tensor | None = None  # factors that were too near to 1 to be applied
         self.shares: Tensor | None = None
+        self._kind = metric
+        self._averaged = metric == "group"
+        self.follow(optimizer)
+
+    def follow(self, optimizer: Optimizer) -> None:
+        """Read learning rates and metric of this optimizer from now on."""
+        self.optimizer = optimizer
+        self._owner = self._param_groups_of_layers()
         self._metric: GroupPreconditioner | None = None
-        self._exact = metric == "auto" and not schedule.homotopy
-        if metric != "identity" and (adapter := preconditioner(optimizer)) is not None:
-            self._metric = GroupPreconditioner(groups, optimizer, adapter)
+        self._exact = self._kind == "auto" and not self.schedule.homotopy
+        if self._kind != "identity" and (adapter := preconditioner(optimizer)) is not None:
+            self._metric = GroupPreconditioner(self.groups, optimizer, adapter)
             if self._exact and self._resolution:
                 self._exact = False
                 warnings.warn(
@@ -107,7 +113,6 @@ class ProximalStep:
                     "coarse for: metric='group' is used instead (pass it to silence this)",
                     stacklevel=2,
                 )
-        self._averaged = metric == "group"
 
     @torch.no_grad()
     def norms(self) -> Tensor:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
+from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import check_state, pruner_state, restore
 from lightning_wgsef.training.freezing import FreezeRule, check_order
 from lightning_wgsef.training.half_space import HalfSpace, inside_half_space
-from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments
+from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments, unmasked
+from lightning_wgsef.training.optimizer_hooks import holds, trains
 from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.schedules import CubicRamp, in_steps
 from lightning_wgsef.training.scope import value_and_gap
@@ -63,6 +66,8 @@ class Pruner:
         self._ramp = ramp
         self._half_space = half_space
         self._half_space_from = 0
+        # Other optimizers that stepped since this one did; None: none has stepped yet.
+        self._others: set[int] | None = None
         self._before: dict[str, Tensor] = {}
         self._alive: Tensor | None = None
         self._all_finite: Tensor | None = None
@@ -93,6 +98,27 @@ class Pruner:
         ramp = self._ramp or self.step.schedule
         left = ramp.left(self.taken, self.total_steps)
         return groups.budgets + (groups.totals - groups.budgets) * left if left else groups.budgets
+
+    def follows(self, optimizer: Optimizer) -> bool:
+        """Return whether `after_step` is due after a step of ``optimizer``.
+
+        Groups compete once for a step of the one whose turn it is; another takes its place by
+        stepping first, or twice while it does not.
+        """
+        if optimizer is self.optimizer:
+            self._others = set()
+            return True
+        if self.frozen:
+            return any(holds(optimizer, layer) for layer in self.groups.layers)
+        if not all(trains(optimizer, layer) for layer in self.groups.layers):
+            return False
+        if self._others is not None and id(optimizer) not in self._others:
+            self._others.add(id(optimizer))
+            return False
+        self._others = set()
+        self.optimizer = optimizer
+        self.step.follow(optimizer)
+        return True
 
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""
@@ -146,6 +172,21 @@ class Pruner:
         self.groups.layout.scale_statistics_(alive.to(self.groups.dtype))
         apply_masks(self.groups, self.masks)
         clear_moments(self.groups, self.masks, self.optimizer)
+
+    def keep_mask(self) -> list[str]:
+        """Apply the fixed mask where weights differ from it; return the names of these layers."""
+        assert self.masks is not None
+        lost = self.lost()
+        if lost:
+            groups = self._groups_where_they_are()
+            apply_masks(groups, self.masks)
+            clear_moments(groups, self.masks, self.optimizer)
+        return lost
+
+    def lost(self) -> list[str]:
+        """Return the layers with weights that the fixed mask says are zero, and are not."""
+        assert self.masks is not None
+        return unmasked(self._groups_where_they_are(), self.masks)
 
     def check_finite(self) -> None:
         """Raise for weights that were found NaN or infinite; waits for an accelerator.
@@ -233,6 +274,11 @@ class Pruner:
                 f"against the penalty (common behind a norm). Try a smaller lam{others}",
                 stacklevel=2,
             )
+
+    def _groups_where_they_are(self) -> Groups:
+        """Return the groups; Lightning moves the weights to the CPU when training is over."""
+        device = next(m.parameter.device for x in self.groups.layers for m in x.members)
+        return self.groups if device == self.groups.device else Groups(self.groups.layers)
 
     @property
     def _has_budget(self) -> bool:

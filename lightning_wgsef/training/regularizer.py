@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 from typing_extensions import Unpack
 
 from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import pruner_states
 from lightning_wgsef.training.logged_metrics import logged_metrics
 from lightning_wgsef.training.masks import Masks, given_masks, within_masks
-from lightning_wgsef.training.optimizer_hooks import StepHooks, holds, inner, trained_by
+from lightning_wgsef.training.optimizer_hooks import (
+    StepHooks,
+    WholeSteps,
+    holds,
+    inner,
+    nested,
+    trained_by,
+    trains,
+)
 from lightning_wgsef.training.options import PruningOptions, Settings
 from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.pruner import Pruner
@@ -94,12 +105,15 @@ class WGSEF:
         if (masks := settings.options["masks"]) is not None:
             self._given_masks = given_masks(self.groups, masks)
             self.groups = within_masks(self.groups, self._given_masks)
+        self._steps = WholeSteps(self.before_step, self.step)
         self._hooks: list[StepHooks] = []
+        self._watch: RemovableHandle | None = None
+        self._lost: list[str] = []
 
     @property
     def frozen(self) -> bool:
-        """Whether the masks of all trained layers are fixed."""
-        return bool(self.pruners) and all(pruner.frozen for pruner in self.pruners)
+        """Whether the masks of all trained layers are fixed, and were when last compared."""
+        return not self._lost and bool(self.pruners) and all(x.frozen for x in self.pruners)
 
     @property
     def masks(self) -> Masks:
@@ -107,6 +121,7 @@ class WGSEF:
         masks: Masks = {}
         for pruner in self.pruners:
             masks.update(pruner.masks or {})
+        masks = {name: mask for name, mask in masks.items() if name not in self._lost}
         if len(masks) < len(self.groups.layers):
             masks = {**self.groups.split(self.groups.norms() > 0), **masks}
         return {layer.name: masks[layer.name] for layer in self.groups.layers}
@@ -114,24 +129,37 @@ class WGSEF:
     def attach(self, *optimizers: Optimizer) -> WGSEF:
         """Act after every step of ``optimizers`` from now on; return the regularizer.
 
+        Of optimizers that train the same layer, the groups compete after the steps of one: the
+        first that steps, until it stops and another goes on. A mask is applied after the steps of
+        all of them. Optimizers inside others (Lookahead's, SAM's) are followed, too.
+
         Layers whose parameters enter an optimizer later (``add_param_group``) join then.
 
         Raises:
             ValueError: no optimizer trains a layer that is grouped, a layer is spread over
                 optimizers, or a share of training is asked for and ``total_steps`` is not known.
         """
-        optimizers = tuple(map(inner, optimizers))
+        found = [part for optimizer in optimizers for part in nested(optimizer)]
         for optimizer in optimizers:
-            self._adopt(optimizer)
+            self._adopt(inner(optimizer), found)
         if not self.pruners:
             raise ValueError(
                 "no optimizer trains any of the grouped layers "
                 f"{', '.join(x.name for x in self.groups.layers)}; give their parameters to one"
             )
-        for optimizer in optimizers:
-            before = self.before_step if self.half_space is not None else None
-            self._hooks.append(StepHooks(optimizer, self.step, before))
+        self._hooks += [StepHooks(optimizer, self._steps) for optimizer in found]
         return self
+
+    def watch(self) -> None:
+        """Follow optimizers that nobody attached, too, as soon as they step; until `detach`."""
+
+        def meet(optimizer: Optimizer, *_: Any) -> None:
+            known = any(hooks.optimizer is optimizer for hooks in self._hooks)
+            if not known and any(holds(optimizer, layer) for layer in self.groups.layers):
+                self._adopt(inner(optimizer), [hooks.optimizer for hooks in self._hooks])
+                self._hooks.append(StepHooks(optimizer, self._steps))
+
+        self._watch = register_optimizer_step_pre_hook(meet)
 
     def waiting(self) -> list[str]:
         """Return the names of the grouped layers that no attached optimizer trains yet."""
@@ -140,9 +168,46 @@ class WGSEF:
 
     def detach(self) -> None:
         """Leave all optimizers alone; masks, counters and groups stay readable."""
-        for hooks in self._hooks:
-            hooks.remove()
-        self._hooks.clear()
+        while self._hooks:
+            self._hooks.pop().remove()  # the last first: wrapped steps are put back in turn
+        if self._watch is not None:
+            self._watch.remove()
+            self._watch = None
+
+    def keep_masks(self) -> list[str]:
+        """Set weights of dead groups that were written since the last step to zero again.
+
+        An optimizer with a second copy of the weights, a hook or loaded weights bring them back
+        unseen. Call it where they may have: before validation, and before weights are saved. Waits
+        for an accelerator.
+
+        Returns:
+            The layers that had such weights.
+
+        Raises:
+            ValueError: weights that cannot be set; the message names their layers.
+        """
+        own = {canonical_name(name): p for name, p in self.model.named_parameters()}
+        changed: list[str] = []
+        self._lost = []
+        for pruner in self.pruners:
+            if pruner.masks is None:
+                continue
+            changed += pruner.keep_mask()
+            self._lost += pruner.lost()
+            self._lost += [
+                layer.name
+                for layer in pruner.groups.layers
+                if any(own.get(m.name, m.parameter) is not m.parameter for m in layer.members)
+            ]
+        if self._lost:
+            raise ValueError(
+                f"{', '.join(self._lost)}: the mask is lost: other parameters than those that were "
+                "grouped are in the model now, or weights that were set to zero did not stay so. "
+                "Change weights in place (load_state_dict, copy_), and start a new fit after a "
+                "layer was replaced"
+            )
+        return changed
 
     def step(self, optimizer: Optimizer) -> None:
         """Follow a step of ``optimizer``, as `attach` does after every one.
@@ -152,15 +217,15 @@ class WGSEF:
         """
         for hooks in self._hooks:
             if hooks.optimizer is optimizer and hooks.grown():
-                self._adopt(optimizer)
+                self._adopt(inner(optimizer), [x.optimizer for x in self._hooks])
         for pruner in self.pruners:
-            if pruner.optimizer is optimizer:
+            if pruner.follows(inner(optimizer)):
                 pruner.after_step()
 
     def before_step(self, optimizer: Optimizer) -> None:
-        """Prepare a step of ``optimizer``, as `attach` does where there is a half space."""
+        """Prepare a step of ``optimizer``, as `attach` does; needed where there is a half space."""
         for pruner in self.pruners:
-            if pruner.optimizer is optimizer:
+            if pruner.optimizer is inner(optimizer):
                 pruner.before_step()
 
     def value(self) -> Tensor:
@@ -200,10 +265,11 @@ class WGSEF:
         """
         # A layer that waits for its gradient in an optimizer is one of this optimizer, too.
         optimizers = {
-            layer.name: hooks.optimizer
-            for hooks in self._hooks
+            layer.name: inner(hooks.optimizer)
+            for check in (holds, trains)  # the first that trains all of it counts
+            for hooks in reversed(self._hooks)
             for layer in self.groups.layers
-            if holds(hooks.optimizer, layer)
+            if check(hooks.optimizer, layer)
         }
         counts = dict(zip((x.name for x in self.groups.layers), self.groups.counts, strict=True))
         restored = []
@@ -225,10 +291,10 @@ class WGSEF:
             value = self.penalty.value(norms, groups.budgets, **groups.competition)
         return value, gap
 
-    def _adopt(self, optimizer: Optimizer) -> None:
+    def _adopt(self, optimizer: Optimizer, others: Sequence[Optimizer]) -> None:
         """Take on the layers that the optimizer trains and that are not attached yet."""
         waiting = self.waiting()
-        names = [name for name in trained_by(self.groups, optimizer) if name in waiting]
+        names = [name for name in trained_by(self.groups, optimizer, others) if name in waiting]
         if names:
             taken = max((p.taken for p in self.pruners if p.optimizer is optimizer), default=0)
             left = None if self.total_steps is None else max(self.total_steps - taken, 1)
