@@ -17,9 +17,9 @@ _WIDTHS = ("all_head_size", "inner_dim", "split_size")
 
 _NORMS = ("num_features", "num_parameters")
 
-_OUTPUTS = ("out_features", "nf")
+_OUTPUTS = ("out_features", "out_channels", "nf")
 
-_INPUTS = ("in_features", "nx")
+_INPUTS = ("in_features", "in_channels", "nx")
 
 
 def unit_removal(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.network.layers import (
@@ -96,7 +97,7 @@ def register_projections(names: ProjectionNames) -> None:
 
 @dataclass(frozen=True, eq=False)
 class DenseLayer:
-    """A dense layer: `nn.Linear`, or the `Conv1D` of GPT-2, which keeps its weight transposed.
+    """A dense layer: whatever computes x Wᵀ + b, or x W + b as the `Conv1D` of GPT-2 does.
 
     Attributes:
         name: canonical name.
@@ -117,7 +118,7 @@ class DenseLayer:
     @property
     def output_axis(self) -> int:
         """The axis of the weight along which its outputs lie."""
-        return 0 if isinstance(self.module, nn.Linear) else 1
+        return int(_is_transposed(self.module))
 
     @property
     def outputs(self) -> int:
@@ -168,7 +169,7 @@ def dense_layers(model: nn.Module) -> dict[nn.Module, DenseLayer]:
             canonical_name(name), module, parameter_problem(module, ("weight", "bias"), homes)
         )
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or _is_transposed(module)
+        if isinstance(module, nn.Linear) or _is_transposed(module) or _acts_as_linear(module)
     }
 
 
@@ -237,6 +238,25 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
+@torch.no_grad()
+def _acts_as_linear(module: nn.Module) -> bool:
+    """Try whether a module of one's own, with a matrix for its weight, is a dense layer."""
+    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
+    if weight is None or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point():
+        return False
+    if any(True for _ in module.children()) or set(module._parameters) > {"weight", "bias"}:
+        return False
+    given = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        found = module.forward(given)
+        expected = nn.functional.linear(given, weight, bias)
+    except Exception:  # the forward is anybody's, and takes what it takes
+        return False
+    if not isinstance(found, Tensor) or found.shape != expected.shape:
+        return False
+    return bool(torch.allclose(found, expected, rtol=1e-4, atol=1e-5))
+
+
 def _inner(module: nn.Module, path: str) -> nn.Module | None:
     """The module at ``path``, without wrappers; None if there is none."""
     for part in path.split("."):
@@ -274,5 +294,11 @@ def _named_block(
 
 def _layer_problem(path: str, module: nn.Module, dense: dict[nn.Module, DenseLayer]) -> str:
     if module not in dense:
-        return f"its {path} is a {type(module).__name__}, not a Linear"
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        if hasattr(module, "base_layer"):
+            return (
+                f"its {path} is a {kind} around a frozen layer: merge the adapter into it first "
+                "(merge_and_unload of peft)"
+            )
+        return f"its {path} is a {kind}, which does not compute x Wᵀ + b when tried"
     return dense[module].problem and f"{path}: {dense[module].problem}"
