@@ -47,7 +47,7 @@ class Classifier(pl.LightningModule):
         super().__init__()
         if optimizer not in ("adam", "sgd"):
             raise ValueError(f'optimizer must be "adam" or "sgd", got {optimizer!r}')
-        self.save_hyperparameters(ignore="network")
+        self.save_hyperparameters(ignore=["network", "teacher"])
         self.network = network
         self.lr = lr
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
