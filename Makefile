@@ -31,7 +31,8 @@ lint: .venv/installed  ## Style, layout, contracts of imports, types.
 	$(BIN)/mypy
 
 check: .venv/installed  ## All tests with their coverage.
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --dist loadgroup --cov --cov-report=term --cov-fail-under=95
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		--cov --cov-report=term --cov-fail-under=95
 
 docs: .venv/installed  ## A site of README, guides and reference in site/; no broken link or name.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file examples/guides/mkdocs.yml
