@@ -22,6 +22,7 @@ from lightning_wgsef.lightning.batch_norm_update import BatchNormUpdate, check_b
 from lightning_wgsef.lightning.private import (
     average_models,
     hold_back_hparams,
+    logged_step,
     logs_are_due,
     release_hparams,
 )
@@ -275,6 +276,14 @@ class WGSEFCallback(Callback):
         self._averages_masked = False
         steps = trainer.estimated_stepping_batches
         self.regularizer.total_steps = int(steps) if 0 < steps < math.inf else None
+        done = logged_step(trainer)
+        if done and not self._state and self.regularizer.total_steps is not None:
+            # Resumed from a run without this callback: the schedule has the steps that are left.
+            self.regularizer.total_steps = max(self.regularizer.total_steps - done, 1)
+            trainer.print(
+                f"{self.prefix}: {done} steps were trained without pruning; the schedule runs over "
+                f"the {self.regularizer.total_steps} that are left"
+            )
         self.regularizer.attach(*trainer.optimizers)
         self.regularizer.watch()
 

@@ -163,6 +163,12 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
         elif entry.kind == "flag":
             if not isinstance(value, bool):
                 _refuse(name, "True or False", value)
+        elif entry.given and _of_other_arguments(value, like[name]):
+            raise ValueError(
+                f"the arguments changed: the saved run has {_shown(value)} for {name}, this one "
+                f"{_shown(like[name])}; resume with the scope=, weights=, costs= and k= of before, "
+                "or start a new fit from the checkpoint's weights, without ckpt_path"
+            )
         elif value is None or (entry.given and like[name] is None):
             if entry.given and value is not like[name]:
                 _refuse(name, "None as in this run" if like[name] is None else "a tensor", value)
@@ -187,6 +193,20 @@ def _check_tensor(name: str, value: object, size: int, entry: Entry) -> None:
         _refuse(name, f"{wanted}, dense and with data", value)
     if entry.sign and not bool((torch.isfinite(value) & _SIGNS[entry.sign](value)).all()):
         raise ValueError(f"the saved state is damaged: {name} must be finite, {entry.sign}")
+
+
+def _of_other_arguments(value: object, now: object) -> bool:
+    """Return whether both are sound, and one is None or of another length."""
+    sound = [
+        x is None or (isinstance(x, Tensor) and x.dim() == 1 and x.dtype in _FLOATS)
+        for x in (value, now)
+    ]
+    lengths = [x.shape if isinstance(x, Tensor) else None for x in (value, now)]
+    return all(sound) and lengths[0] != lengths[1]
+
+
+def _shown(value: object) -> str:
+    return f"{len(value)} numbers" if isinstance(value, Tensor) else "none"
 
 
 def _is_count(value: object) -> bool:

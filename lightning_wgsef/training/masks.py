@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -54,10 +55,31 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
 
 
 def given_masks(groups: Groups, masks: str | Path) -> Masks:
-    """Return `masks_from_zeros` for "from_zeros", else those of the checkpoint at this path."""
+    """Return `masks_from_zeros` for "from_zeros", else those of the checkpoint at this path.
+
+    A layer that is zero as a whole is named in a warning.
+
+    Raises:
+        ValueError: no mask is found, or the model does not have the checkpoint's weights.
+    """
     if masks == "from_zeros":
-        return masks_from_zeros(groups)
-    return masks_from_checkpoint(groups, masks)
+        found = masks_from_zeros(groups)
+    else:
+        found = masks_from_checkpoint(groups, masks)
+        if other := unmasked(groups, found):
+            raise ValueError(
+                f"masks: weights of {', '.join(other)} that are zero in {str(masks)!r} are not "
+                "zero in the model: other weights would be trained under this mask. Load the "
+                "checkpoint's weights first (load_from_checkpoint, load_state_dict)"
+            )
+    if whole := [name for name, mask in found.items() if not bool(mask.any())]:
+        warnings.warn(
+            f"{', '.join(whole)}: zero as a whole, and kept so. If these layers are new and start "
+            f"at zero (a head, LoRA's B), leave them out with exclude={whole}: they would never "
+            "learn",
+            stacklevel=2,
+        )
+    return found
 
 
 def within_masks(groups: Groups, masks: Mapping[str, Tensor]) -> Groups:
