@@ -48,6 +48,7 @@ from lightning_wgsef.slimming.dead_channels import (
     zeros_left,
 )
 from lightning_wgsef.slimming.dead_units import DeadUnits, dead_units
+from lightning_wgsef.slimming.model_config import shapes_of, update_config
 
 _Candidate = TypeVar("_Candidate")
 
@@ -157,6 +158,8 @@ def slim(
     work = _Slimmer(network, example_input, check)
     before, expected = model_copy(network), work.expected
     work.run()
+    if reason := update_config(network, shapes_of(before)):
+        work.kept["config"] = reason
     record = Slimming(
         [*getattr(model, "slimming", Slimming()).plans, *work.plans],
         work.kept,
@@ -166,6 +169,7 @@ def slim(
     )
     if inplace:
         _take_over(model, network, work.plans, optimizer)
+        update_config(model, shapes_of(before))
         network = model
     for name, module in network.named_modules():
         module.training = modes.get(canonical_name(name), False)
