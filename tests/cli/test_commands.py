@@ -368,7 +368,7 @@ def test_truncated_files(folder, capsys, name):
 def test_a_network_cut_in_the_wrong_places_is_not_saved(folder, capsys, monkeypatch):
     cut = removal_plan._cut
     monkeypatch.setattr(removal_plan, "_cut", lambda tensor, axes: cut(tensor, axes).flip(0))
-    monkeypatch.setattr(slimming._Slimmer, "_failure", lambda *_: "")
+    monkeypatch.setattr(slimming._Slimmer, "_differing", lambda *_: "")
     (folder / "new.safetensors").write_text("from before")
     before = contents(folder)
     assert main(slimmed()) == 1
