@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_wgsef import Constant, WGSEFCallback
+from lightning_wgsef import WGSEFCallback
 from lightning_wgsef.cli import commands as cli
 from lightning_wgsef.cli.commands import main
 from lightning_wgsef.export.sparse_storage import SparseLinear, load_sparse
@@ -46,7 +46,7 @@ def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     torch.manual_seed(0)
     images = Images(width=6, rate=0.05)
-    callback = WGSEFCallback(k={"conv2": 2, "hidden": 8}, lam=Constant(1e-2), freeze=0.5)
+    callback = WGSEFCallback(k={"conv2": 2, "hidden": 8}, lam=1e-2)
     trainer = make_trainer([callback])
     trainer.fit(images, DataLoader(torch.randn(80, 1, 6, 6), batch_size=8))
     trainer.save_checkpoint(folder / "last.ckpt")
