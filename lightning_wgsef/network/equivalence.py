@@ -154,7 +154,7 @@ def differing_layer(
     Raises:
         ValueError: one of them does not run.
 
-    >>> one, other = nn.Linear(2, 1), nn.Linear(2, 1)
+    >>> one, other = (nn.Sequential(nn.Linear(2, 1)) for _ in range(2))
     >>> example, plan = torch.ones(1, 2), RemovalPlan()
     >>> differing_layer(one, one, example, plan), bool(differing_layer(one, other, example, plan))
     ('', True)

@@ -122,6 +122,8 @@ class StepHooks:
             steps.leave(optimizer, alone)
             return result
 
+        # What others have marked their step with, as schedulers do, holds for this one.
+        vars(followed).update(vars(getattr(step, "__func__", step)))
         earlier = vars(optimizer).get("step")
         wrapped = MethodType(followed, optimizer)  # a scheduler asks for its __func__
         optimizer.step = wrapped  # type: ignore[method-assign]

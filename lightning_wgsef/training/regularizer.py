@@ -17,6 +17,7 @@ from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.sharding import is_sharded
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import pruner_states
 from lightning_wgsef.training.logged_metrics import logged_metrics
@@ -198,7 +199,11 @@ class WGSEF:
             self._lost += [
                 layer.name
                 for layer in pruner.groups.layers
-                if any(own.get(m.name, m.parameter) is not m.parameter for m in layer.members)
+                if any(
+                    own.get(m.name, m.parameter) is not m.parameter
+                    for m in layer.members
+                    if not is_sharded(m.parameter)  # the whole parameter may stand for its parts
+                )
             ]
         if self._lost:
             raise ValueError(

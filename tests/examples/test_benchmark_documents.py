@@ -50,7 +50,7 @@ def test_every_kind_of_cell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        (ONE.replace("cpu", "gpu"), "suite must be one of"),
+        (ONE.replace("cpu", "tpu"), "suite must be one of"),
         (ONE.replace("lenet-10", "lenet"), "a column's task must be one of ['lenet-10', "),
         (ONE.replace("accuracy", "acuracy"), "did you mean 'accuracy'?"),
         (ONE.replace("homotopy", "homotopi"), "a row's method must be one of"),

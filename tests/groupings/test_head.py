@@ -355,7 +355,10 @@ def test_names_that_cannot_be(paths):
         ({"head_dim": 4}, ["4 heads", "of width 4"]),
         ({"o_proj": nn.Linear(10, 8)}, ["inputs of the output projection 10"]),
         ({"k_proj": nn.Linear(8, 10)}, ["keys 10"]),
-        ({"v_proj": nn.Identity()}, ["v_proj is a Identity, not a Linear"]),
+        (
+            {"v_proj": nn.Identity()},
+            ["v_proj is a torch.nn.modules.linear.Identity", "does not compute x Wᵀ + b"],
+        ),
         ({"q_proj": nn.LazyLinear(12)}, ["q_proj", "lazy"]),
         ({"q_proj": whole_numbers()}, ["torch.int8"]),
     ],

@@ -85,9 +85,9 @@ ARGUMENTS = {
     "weights: sqrt_size": "sqrt_size",
     "costs: params": "params",
     "masks: from_zeros": "from_zeros",
-    "half_space: 0.1": 0.1,
+    "half_space: 0.1, freeze: 0.8": 0.1,
     "half_space: {class_path: lightning_wgsef.HalfSpace, init_args: {start: 5}}": HalfSpace(0.0, 5),
-    "half_space: {epsilon: 0.1, start: 1.0}": HalfSpace(0.1, 1.0),
+    "half_space: {epsilon: 0.1, start: 0.3}": HalfSpace(0.1, 0.3),
 }
 
 

@@ -99,7 +99,8 @@ def train(
     """What comes of training on a share of every batch; the same on all processes."""
     number, count = share
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-2)
-    regularizer = WGSEF(network, **{"k": 2, **arguments}).attach(optimizer)
+    budget = {} if arguments.get("grouping") == "2:4" else {"k": 2}
+    regularizer = WGSEF(network, **{**budget, **arguments}).attach(optimizer)
     if state is not None:
         regularizer.load_state_dict(state)
     sums = []

@@ -11,7 +11,7 @@ from tests.helpers.networks.real import NETWORKS, real_network, run_network
 TRACED = ("structure", "layer")
 NOTHING = {  # networks that have no groups of a kind
     "structure": {"GPT-2"},
-    "head": set(NETWORKS) - {"ViT", "BERT", "GPT-2", "Llama", "T5"},
+    "head": set(NETWORKS) - {"ViT", "BERT", "GPT-2", "T5"},
     "hidden": set(NETWORKS)
     - {"LeNet-5", "VGG16-BN", "ConvNeXt", "ViT", "BERT", "GPT-2", "Llama", "T5"},
     "layer": {"LeNet-5", "VGG16-BN", "MobileNetV1", "DenseNet40", "UNet", "BERT"},
