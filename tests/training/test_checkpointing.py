@@ -133,7 +133,11 @@ def test_every_place_of_the_state_is_checked(run: str) -> None:
     assert set(accepted) == harmless
     assert len(messages) > 300
     # Of a global competition a part without some layers is refused where it is built.
-    texts = ("the saved state is", "layers that compete for one budget (scope='global')")
+    texts = (
+        "the saved state is",
+        "the arguments changed:",
+        "layers that compete for one budget (scope='global')",
+    )
     assert [x for x in messages.items() if not x[1].startswith(texts) or len(x[1]) > 500] == []
 
 
