@@ -133,7 +133,8 @@ def test_every_place_of_the_state_is_checked(run: str) -> None:
     assert set(accepted) == harmless
     assert len(messages) > 300
     # Of a global competition a part without some layers is refused where it is built.
-    texts = ("the saved state is", "the arguments changed:", "layers that compete for one budget (")
+    alone = "layers that compete for one budget (scope='global')"
+    texts = ("the saved state is", "the arguments changed:", alone)
         "the saved state is",
         "the arguments changed:",
         "layers that compete for one budget (scope='global')",
