@@ -135,10 +135,6 @@ def test_every_place_of_the_state_is_checked(run: str) -> None:
     # Of a global competition a part without some layers is refused where it is built.
     alone = "layers that compete for one budget (scope='global')"
     texts = ("the saved state is", "the arguments changed:", alone)
-        "the saved state is",
-        "the arguments changed:",
-        "layers that compete for one budget (scope='global')",
-    )
     assert [x for x in messages.items() if not x[1].startswith(texts) or len(x[1]) > 500] == []
 
 
