@@ -195,6 +195,7 @@ def test_compiled_function_of_a_plain_loop(attached: str, backend: str) -> None:
     assert [len(columns) for columns in alive(ours)] == [K, K]
 
 
+@pytest.mark.filterwarnings("ignore:no proximal step was taken")
 def test_planted_faults_are_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook that a compiled step does not call, and one that is called twice."""
     plain, _, _, _ = trained("", "eager", tmp_path)

@@ -60,9 +60,9 @@ def check(found: list[Any], case: str) -> None:
         # Norms are summed once a step (in the first one also those to tell a collapse by), and no
         # more once there is a mask.
         assert rank["sums"][0] <= sums + 1
-        between = [*rank["sums"][1 : FREEZE - 1], *rank["sums"][FREEZE:]]
-        assert set(between) <= set(range(sums + 1))
-        assert rank["sums"][FREEZE - 1] <= sums + 1  # who is cut is counted where the mask is fixed
+        end = FREEZE - 2  # who is cut is counted before and where the mask is fixed
+        assert set(rank["sums"][1:end] + rank["sums"][FREEZE:]) <= set(range(sums + 1))
+        assert all(number <= sums + 1 for number in rank["sums"][end:FREEZE])
         assert rank["sums"][-1] == 0
         assert rank["sums"] == found[0]["sums"]
 
