@@ -60,6 +60,7 @@ def head_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     """
     found: dict[str, GroupedLayer] = {}
     pending: dict[str, list[GroupedLayer]] = {}
+    hindered: dict[str, GroupedLayer] = {}
     left_out: dict[str, str] = {}
     names = []
     for block in attention_blocks(model):
@@ -73,7 +74,10 @@ def head_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
             (found[block.name],) = layouts
         elif example_input is not None:
             # Whatever may stand against taking heads out is tried, too.
-            pending[block.name] = [replace(layer, removable=True) for layer in layouts]
+            tried = [replace(layer, removable=True, obstacle="") for layer in layouts]
+            pending[block.name] = tried
+            if block.by_kind and layouts[0].obstacle not in ("", _UNPROVED):
+                hindered[block.name] = layouts[0]
         elif block.by_kind and layouts[0].obstacle != _UNPROVED:
             found[block.name] = layouts[0]
         else:
@@ -81,7 +85,11 @@ def head_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     if pending:
         proved, wrong = proved_layouts(model, example_input, pending)
         found.update(proved)
-        left_out.update({name: reason or _NO_LAYOUT for name, reason in wrong.items()})
+        # What lies between the heads, such as a norm over all of them, spoils the proof.
+        found.update({name: hindered[name] for name in wrong if name in hindered})
+        left_out.update(
+            {name: why or _NO_LAYOUT for name, why in wrong.items() if name not in hindered}
+        )
     return Groups([found[name] for name in names if name in found], left_out)
 
 
