@@ -86,6 +86,11 @@ class Groups:
         """Where the weights lie in memory; finding groups needs none."""
         return Layout(self.layers, dtype=self.dtype, device=self.device, normalised=self.is_global)
 
+    @property
+    def starts(self) -> Tensor:
+        """The first group of every layer, shape (layers,)."""
+        return self.layout.starts
+
     @cached_property
     def segments(self) -> Segments:
         """Which groups compete for one budget."""

@@ -73,6 +73,7 @@ def three():
 def test_vectors_over_all_groups(three):
     assert len(three) == 10
     assert three.counts == [3, 5, 2]
+    assert three.starts.tolist() == [0, 3, 8]
     assert three.segments.labels().tolist() == [0] * 3 + [1] * 5 + [2] * 2
     assert three.weights.tolist() == [1] * 8 + [2, 4]
     assert three.costs.tolist() == [1] * 3 + [1, 2, 3, 4, 5] + [1] * 2
