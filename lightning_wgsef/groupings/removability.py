@@ -24,7 +24,7 @@ from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, bui
 from lightning_wgsef.network.equivalence import differing_layer
 from lightning_wgsef.network.example_input import perturbed
 from lightning_wgsef.network.layers import canonical_name
-from lightning_wgsef.network.operations import OPTYPE
+from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal
 
 _CENTRED = (OPTYPE.BN, OPTYPE.IN)
@@ -82,7 +82,7 @@ def as_channels(graph: Graph, layer: GroupedLayer) -> Removable:
     for channel, bundle in tied.bundle.items():
         other = groups.setdefault(bundle, owner[channel])
         if other != owner[channel]:
-            obstacle = obstacle or f"groups {other} and {owner[channel]} can only go together"
+            obstacle = obstacle or _together(graph, tied, other, owner[channel])
     found = Removable(layer, tied, groups, obstacle)
     if not obstacle:
         found = Removable(layer, tied, groups, _never(graph, found))
@@ -126,10 +126,21 @@ def as_read_channels(graph: Graph, layer: GroupedLayer) -> Removable:
         for place, root in roots.items():
             first = groups.setdefault(tied.bundle[root], place)
             if first != place:
-                obstacle = obstacle or f"groups {first} and {place} can only go together"
+                obstacle = obstacle or _together(graph, tied, first, place)
         if len(set(groups.values())) < layer.count:
             obstacle = obstacle or "not all that it reads is made by a layer that could be cut"
     return Removable(layer, tied, groups, obstacle)
+
+
+def _together(graph: Graph, tied: CoupledChannels, one: int, other: int) -> str:
+    """Say that two groups are channels of one bundle, and what bundles them."""
+    for module in graph.modules(tied):
+        if size := normalised_together(module):
+            return (
+                f"GroupNorm '{graph.names[module]}' normalises {size} of these channels as one: "
+                f"groups {one} and {other} can only go together, as grouping='structure' has them"
+            )
+    return f"groups {one} and {other} can only go together"
 
 
 def _reader_names(graph: Graph, tied: CoupledChannels) -> list[str]:
@@ -152,7 +163,7 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
         node = graph.engine.module2node.get(module)
         if node is not None and node.type in _CENTRED and not getattr(module, "affine", True):
             return f"{kind} '{name}' has no scale and shift: it turns 0 into a constant"
-        if normalises_width(module) or isinstance(module, nn.GroupNorm):
+        if normalises_width(module):
             return f"{kind} '{name}' normalises over these channels"
     missing = list(_missing(graph, found))
     for name, tensor in sorted(missing, key=lambda place: place[1] != "bias"):
@@ -170,6 +181,9 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
         and node.grad_fn is not None
         and node.grad_fn not in graph.inside
     }
+    norms = [name for name in sorted(operations) if "Norm" in name]
+    if norms:
+        return f"{norms[0]}, called by a forward, normalises over these channels"
     return (
         f"zero does not stay zero in one of {', '.join(sorted(operations))}" if operations else ""
     )

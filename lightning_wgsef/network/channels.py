@@ -86,12 +86,16 @@ def produced(graph: Graph, tied: CoupledChannels) -> Iterator[tuple[nn.Module, d
 
 
 def normalises_width(module: object) -> bool:
-    """Does the module normalise over its channels, as LayerNorm does?
+    """Does the module normalise over all its channels, as LayerNorm does?
 
     >>> normalises_width(nn.LayerNorm(4)), normalises_width(nn.BatchNorm1d(4))
     (True, False)
+    >>> normalises_width(nn.GroupNorm(1, 4)), normalises_width(nn.GroupNorm(2, 4))
+    (True, False)
     """
     kind = type(module).__name__
+    if isinstance(module, nn.GroupNorm):
+        return module.num_groups == 1
     return isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or "LayerNorm" in kind
 
 

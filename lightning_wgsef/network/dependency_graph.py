@@ -33,6 +33,7 @@ from lightning_wgsef.network.operations import (
     Watch,
     flatten_obstacle,
     mixes_channels,
+    normalised_together,
     operation_obstacle,
     shape_after,
 )
@@ -153,10 +154,14 @@ class Graph:
                     if mapped:
                         waiting.append(((dependency.target, dependency.handler), mapped))
         for (node, _), known in found.positions.items():
-            # A chunk is as wide as the others: parts lose the same places.
-            size = part_size(node)
-            for place, root in known.items() if size else ():
-                joined.join(known.get(place % size, root), root)
+            # A chunk is as wide as the others: parts lose the same places. A GroupNorm loses whole
+            # groups, which it normalises each by itself.
+            size, together = part_size(node), normalised_together(node.module)
+            for place, root in known.items():
+                if size:
+                    joined.join(known.get(place % size, root), root)
+                if together:
+                    joined.join(known.get(place // together * together, root), root)
         for side, known in found.positions.items():
             if not known:
                 continue
@@ -215,6 +220,9 @@ class Graph:
             depthwise = module.in_channels == module.out_channels == module.groups
             if not depthwise and (module.transposed or node.type == OPTYPE.DEPTHWISE_CONV):
                 return f"tied to '{name}', a grouped convolution whose parts cannot be aligned"
+        together = normalised_together(module)
+        if any(place // together * together not in positions for place in positions if together):
+            return f"tied to '{name}', a GroupNorm that mixes them with channels of other layers"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"tied to '{name}', a LayerNorm over more than the channels"
         if width is not None and max(positions) >= width:

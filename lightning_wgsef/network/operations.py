@@ -67,6 +67,17 @@ def mixes_channels(node: Any) -> bool:
     return bool(_MIXING.search(type(node.grad_fn).__name__))
 
 
+def normalised_together(module: object) -> int:
+    """Return how many channels each group of a GroupNorm has; 0 for others, and where it has one.
+
+    >>> normalised_together(nn.GroupNorm(2, 8)), normalised_together(nn.GroupNorm(1, 8))
+    (4, 0)
+    """
+    if not isinstance(module, nn.GroupNorm) or module.num_groups == 1:
+        return 0
+    return module.num_channels // module.num_groups
+
+
 def operation_obstacle(node: Any, width: int) -> str:
     """Why an operation outside of modules might mix ``width`` channels."""
     kind = type(node.grad_fn).__name__

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_wgsef.network.channels import parameter_axis
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
-from lightning_wgsef.network.operations import OPTYPE
+from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.slim_modules import Skip, SlimAttention
 
 Size = int | tuple[int, ...]
@@ -242,6 +242,8 @@ def _cut_side(
             remove(tensor, 0, positions)
         for size in _PASSED[node.type]:
             plan.resize(name, module, size, less)
+        if together := normalised_together(module):
+            plan.resize(name, module, "num_groups", less // together)
     elif node.type == OPTYPE.EMBED:
         remove("weight", 1, positions)
         plan.resize(name, module, "embedding_dim", less)

@@ -14,6 +14,7 @@ from lightning_wgsef.network.channels import (
     ChannelSet,
     channel_sets,
     input_obstacles,
+    produced,
     slices,
 )
 from lightning_wgsef.network.dependency_graph import Graph
@@ -126,6 +127,12 @@ def has_zero_channels(network: nn.Module) -> bool:
 def zeros_left(graph: Graph, network: nn.Module) -> dict[str, str]:
     """Say why layers still have zero filters or input channels that they do not read."""
     obstacles, left = input_obstacles(graph), {}
+    bundled = {
+        graph.names[module]
+        for found in channel_sets(graph)
+        if found.tied.count < len(found.tied.bundle)
+        for module, _ in produced(graph, found.tied)
+    }
     for layer in weighted_layers(network):
         if layer.problem:
             continue
@@ -133,7 +140,10 @@ def zeros_left(graph: Graph, network: nn.Module) -> dict[str, str]:
             reason = obstacles.get(layer.name) or "what makes them has to stay"
             left[layer.name] = f"zero input channels: {reason}"
         elif not bool(_any_along(layer.weight, int(layer.transposed)).all()):
-            left[layer.name] = "zero filters: what reads them is not zero"
+            why = "what reads them is not zero"
+            if layer.name in bundled:
+                why = "others, which can only go together with them, are not zero"
+            left[layer.name] = f"zero filters: {why}"
     return left
 
 
