@@ -190,8 +190,10 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
     shown = with_dashboard(trainer, callback)
     if not shown or shown[-1] is not callback:
         return
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # type: ignore[import-untyped]
     from torch.utils.tensorboard.summary import hparams
 
+    first = {f"{x.prefix}/{name}" for x in shown for name in ("k", "lam", "grouping")}
     results = [f"{x.prefix}/final_sparsity" for x in shown]
     results += [name for name in trainer.callback_metrics if not name.startswith("wgsef")]
     for logger in tensorboard_loggers(trainer):
@@ -202,14 +204,19 @@ def write_hparams(trainer: Trainer, callback: Any) -> None:
         # `add_hparams` would make a run of its own. Of the results this takes the names; their
         # values are those of the scalars.
         for summary in hparams(values, dict.fromkeys(results, 0.0)):  # type: ignore[no-untyped-call]
+            # TensorBoard shows five settings at first: those that are said to differ from run to
+            # run, where it has that mark, and others in the order of the alphabet.
+            plugin = summary.value[0].metadata.plugin_data
+            content = HParamsPluginData.FromString(plugin.content)
+            for setting in content.experiment.hparam_infos:
+                if hasattr(setting, "differs"):
+                    setting.differs = setting.name in first
+            plugin.content = content.SerializeToString()
             logger.experiment.file_writer.add_summary(summary)
 
 
 def _settings(callbacks: list[Any]) -> dict[str, Any]:
-    """Return k, lam, grouping and all other settings that differ from their defaults.
-
-    TensorBoard shows five columns at first, in the order of the alphabet.
-    """
+    """Return k, lam, grouping and all other settings that differ from their defaults."""
     settings: dict[str, Any] = {}
     for callback in callbacks:
         own = {

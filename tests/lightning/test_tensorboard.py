@@ -119,6 +119,10 @@ def test_hparams_of_the_module_and_of_two_callbacks_stand_together(tmp_path: Pat
     assert settings["wgsef/grouping"].string_value == "channel"
     assert settings["wgsef/lam"].string_value.startswith("Homotopy(")
     assert settings["wgsef/second/grouping"].string_value == "filter"
+    infos = {x.name: x for x in hparams(found, "experiment").experiment.hparam_infos}
+    for name in ("k", "lam", "grouping", "second/k", "second/lam", "second/grouping"):
+        assert getattr(infos[f"wgsef/{name}"], "differs", True)  # TensorBoard shows these at first
+    assert not getattr(infos["width"], "differs", False)
     shown = [f"wgsef/{name}" for name in ("grouping", "include", "k", "lam")]
     more = [f"wgsef/second/{name}" for name in ("exclude", "grouping", "k", "lam")]
     assert sorted(settings) == [*shown, *more, "width"]  # what is a default is no column
