@@ -133,9 +133,10 @@ def check_order(
                 f"{named} fixes the mask before {name} has ended: groups would be cut in the "
                 f"middle of the way. Leave one of the two out, or take freeze >= {length}"
             )
-    if half_space is not None and not _after(end, half_space.start, total_steps, unknown=True):
+    start = None if half_space is None else half_space.start
+    if start is not None and not _after(end, start, total_steps, unknown=True):
         raise ValueError(
-            f"{named} fixes the mask before half_space=HalfSpace(start={half_space.start}) begins: "
+            f"{named} fixes the mask before half_space=HalfSpace(start={start}) begins: "
             f"it would never act. Take start < {end}"
         )
 

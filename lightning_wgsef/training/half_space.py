@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Chunk
+from lightning_wgsef.training.schedules import in_steps
 from lightning_wgsef.utils.validation import check_count_or_share
 
 
@@ -28,11 +29,14 @@ class HalfSpace:
 
     Args:
         epsilon: in [0, 1); 0 is the half space itself, larger values project more.
-        start: when it begins: steps (int), or a share of training (float in (0, 1]).
+        start: when it begins: steps (int), or a share of training (float in (0, 1]). None: half of
+            the way to the step that fixes the mask at the latest; of training where none does.
 
     Raises:
         ValueError: an argument out of its range.
 
+    >>> HalfSpace().first_step(fixed=40, total=100), HalfSpace().first_step(fixed=None, total=100)
+    (20, 50)
     >>> HalfSpace(epsilon=1.0)
     Traceback (most recent call last):
     ...
@@ -40,13 +44,28 @@ class HalfSpace:
     """
 
     epsilon: float = 0.0
-    start: int | float = 0.5
+    start: int | float | None = None
 
     def __post_init__(self) -> None:
         number = isinstance(self.epsilon, (int, float)) and not isinstance(self.epsilon, bool)
         if not number or not 0 <= self.epsilon < 1:
             raise ValueError(f"epsilon must be a number in [0, 1), got {self.epsilon!r}")
-        check_count_or_share("start", self.start, "steps")
+        if self.start is not None:
+            check_count_or_share("start", self.start, "steps")
+
+    def first_step(self, fixed: int | None, total: int | None) -> int:
+        """Return after how many steps it begins.
+
+        Args:
+            fixed: step that fixes the mask at the latest; None: none does.
+            total: how many steps training lasts, if known.
+
+        Raises:
+            ValueError: a share of training of unknown length.
+        """
+        if self.start is None and fixed is not None:
+            return fixed // 2
+        return in_steps("HalfSpace(start=...)", 0.5 if self.start is None else self.start, total)
 
 
 def as_half_space(half_space: float | HalfSpace | None) -> HalfSpace | None:
@@ -56,7 +75,7 @@ def as_half_space(half_space: float | HalfSpace | None) -> HalfSpace | None:
         ValueError: an epsilon outside [0, 1), or something else.
 
     >>> as_half_space(0.1)
-    HalfSpace(epsilon=0.1, start=0.5)
+    HalfSpace(epsilon=0.1, start=None)
     """
     if half_space is None or isinstance(half_space, HalfSpace):
         return half_space

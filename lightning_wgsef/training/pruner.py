@@ -18,7 +18,7 @@ from lightning_wgsef.training.half_space import HalfSpace, inside_half_space
 from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments, unmasked
 from lightning_wgsef.training.optimizer_hooks import holds, trains
 from lightning_wgsef.training.proximal_step import ProximalStep
-from lightning_wgsef.training.schedules import CubicRamp, in_steps
+from lightning_wgsef.training.schedules import CubicRamp
 from lightning_wgsef.training.scope import value_and_gap
 
 # Steps between two checks that need numbers on the host: convergence, collapse, finite weights.
@@ -78,7 +78,8 @@ class Pruner:
         step.schedule.steps(self.total_steps)
         self.budgets()
         if half_space is not None:
-            self._half_space_from = in_steps("start", half_space.start, self.total_steps)
+            fixed = self.freeze_rule.step
+            self._half_space_from = half_space.first_step(fixed, self.total_steps)
         check_order(self.freeze_rule.freeze, step.schedule, ramp, half_space, self.total_steps)
         self.freeze_rule.due(self.taken)
 

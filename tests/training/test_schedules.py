@@ -1,6 +1,7 @@
 """A budget that falls with a cube: the formula, and gradual magnitude pruning."""
 
 import dataclasses
+import io
 import itertools
 import math
 from fractions import Fraction
@@ -467,6 +468,11 @@ def test_what_does_not_contradict_is_taken():
         {"lam": Constant(0.1), "half_space": HALF, "freeze": 0.8},
         {"lam": 0.1, "freeze": 0.2},
         {"lam": 0.1, "freeze": None},
+        {"half_space": 0.1},
+        {"half_space": HalfSpace(), "freeze": 0.2},
+        {"half_space": 0.1, "lam": Homotopy(length=1)},
+        {"half_space": 0.1, "lam": Constant(0.1)},
+        {"half_space": 0.1, "freeze": None},
     ):
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
         regularizer = WGSEF(model, **more, total_steps=100).attach(optimizer)
@@ -579,3 +585,83 @@ def test_a_share_of_an_unknown_length():
         "freeze = 0.5", "share of training", "is not known", "max_epochs or max_steps"
     ):
         in_steps("freeze", 0.5, None)
+
+
+@pytest.mark.parametrize(
+    ("more", "begins"),
+    [
+        ({}, 25),
+        ({"freeze": 0.2}, 10),
+        ({"lam": Homotopy(length=40)}, 20),
+        ({"lam": Constant(0.1)}, 37),
+        ({"freeze": None}, 50),
+    ],
+)
+def test_a_half_space_begins_half_way_to_the_mask(more, begins):
+    """The steps before it leave a group that turns round alone, those after it make it zero."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(4, 3, bias=False), torch.nn.Linear(3, 2, bias=False)
+    )
+    weight = model[0].weight
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    WGSEF(model, 1.0, grouping="filter", half_space=0.0, total_steps=100, **more).attach(optimizer)
+    steps = 0
+    while bool(weight.any()):
+        optimizer.zero_grad()
+        weight.square().sum().backward()  # w - 2 w: every group turns round
+        optimizer.step()
+        steps += 1
+    assert steps == begins + 1
+
+
+RAMPS = {
+    "the default": {},
+    "a small number": {"lam": 1e-4},
+    "a large number": {"lam": 5.0},
+    "a start": {"lam": Homotopy(start=1e-3, length=0.6)},
+    "up to the freeze": {"lam": 1e-2, "freeze": 0.8},
+    "a warm-up": {"lam": Warmup(0.5, 0.4)},
+    "a budget alone": {"k": CubicRamp(2, 0.6), "lam": Constant(0.1), "freeze": 0.7},
+    "projections": {"k": CubicRamp(2, 0.6), "lam": Homotopy(start=1, length=0.6)},
+    "half space": {"half_space": 0.2},
+    "one budget for all": {"scope": "global", "metric": "group"},
+}
+
+
+@pytest.mark.parametrize("stop", [3, 13])
+@pytest.mark.parametrize("ramp", RAMPS)
+def test_resume_in_the_middle_of_a_ramp_is_bit_identical(ramp, stop):
+    """Under a learning rate that rises, with the statistics of a norm behind the filters."""
+    data = batches(40)
+
+    def run(data, *states):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(
+            torch.nn.Linear(4, 6, bias=False),
+            torch.nn.BatchNorm1d(6),
+            torch.nn.ReLU(),
+            torch.nn.Linear(6, 2),
+        ).double()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
+        rate = torch.optim.lr_scheduler.LinearLR(optimizer, 0.01, total_iters=20)
+        arguments = {"k": 2, "grouping": "filter", "total_steps": 40, **RAMPS[ramp]}
+        regularizer = WGSEF(model, **arguments).attach(optimizer)
+        parts = (model, optimizer, rate, regularizer)
+        for part, state in zip(parts, states, strict=False):
+            part.load_state_dict(state)
+        for batch in data:
+            train(model, optimizer, [batch])
+            rate.step()
+        return parts
+
+    whole = run(data)
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in run(data[:stop])], file)
+    file.seek(0)
+    resumed = run(data[stop:], *torch.load(file, weights_only=True))
+    for name, values in whole[0].state_dict().items():
+        assert torch.equal(values, resumed[0].state_dict()[name]), name
+    assert whole[3].frozen
+    assert resumed[3].frozen
+    assert {name: int(x.sum()) for name, x in resumed[3].masks.items()} == {"0": 2}
