@@ -115,10 +115,10 @@ def test_a_share_of_training_is_a_number_of_steps():
 
 
 def test_a_number_is_its_epsilon():
-    """From half of training on."""
+    """From half of training on, as no mask is fixed."""
     first, _, regularizer = run(range(20), half_space=0.1, total_steps=20)
     second, _, _ = run(range(20), half_space=HalfSpace(epsilon=0.1, start=0.5), total_steps=20)
-    assert regularizer.half_space == HalfSpace(0.1, 0.5)
+    assert regularizer.half_space == HalfSpace(0.1)
     assert same(first, second)
     assert not same(first, run(range(20))[0])
     half = HalfSpace(0.2, start=3)
@@ -208,7 +208,7 @@ def test_half_spaces(make, given):
         make(lam=Constant(0.1), half_space=given)
 
 
-@pytest.mark.parametrize("start", [0, -1, 1.5, 0.0, "x", True, None])
+@pytest.mark.parametrize("start", [0, -1, 1.5, 0.0, "x", True])
 def test_starts(start):
     with raises_naming("start must be a number of steps", repr(start)):
         HalfSpace(0.1, start=start)
@@ -217,7 +217,7 @@ def test_starts(start):
 def test_a_share_of_unknown_length():
     model = dense_network()
     regularizer = WGSEF(model, 3, Constant(0.1), half_space=0.1)
-    with raises_naming("start = 0.5 is a share of training"):
+    with raises_naming("HalfSpace(start=...) = 0.5 is a share of training"):
         regularizer.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
