@@ -62,8 +62,8 @@ def group_parameters(
             layer names to either; the first pattern that matches a layer counts, and layers
             that none matches are left out.
         include: patterns of layer names; only these are grouped. A layer that is left out by rule
-            (the image's channels, the classifier's outputs, frozen layers) is grouped if
-            ``include`` gives its exact name.
+            (the image's channels, the classifier's outputs, frozen layers, and of `structure` what
+            could not be taken out) is grouped if ``include`` gives its exact name.
         exclude: patterns of layer names that are left out.
         scope: "layer", every layer has its own budget; "global", all layers compete for one, of
             which each keeps its strongest group.
@@ -126,6 +126,11 @@ def group_parameters(
         _warn_of_assumption(layers, interface)
     if example_input is not None:
         layers = list(with_invariance(plain, Groups(layers), example_input).layers)
+        useless = _zeros_without_use(layers, included or ())
+        left_out.update(useless)
+        layers = [layer for layer in layers if layer.name not in useless]
+        if not layers:
+            raise _nothing(plain, grouping, left_out)
     layers = with_exact_statistics(plain, layers, example_input)
     layers, rest = with_costs(plain, layers, costs, example_input)
     layers = with_weights(layers, weights, scope)
@@ -192,6 +197,18 @@ def _reason_to_leave_out(
         frozen = "" if weight.parameter.requires_grad else f"frozen: {weight.name} has no gradient"
         return frozen or layer.reserved
     return ""
+
+
+def _zeros_without_use(layers: Sequence[GroupedLayer], included: Sequence[str]) -> dict[str, str]:
+    """List what nobody could take out: `structure` is there to make the network smaller."""
+    return {
+        layer.name: (
+            f"{layer.obstacle}: zeros would not make the network smaller "
+            f"(include=['{layer.name}'] groups it all the same)"
+        )
+        for layer in layers
+        if layer.grouping == "structure" and layer.obstacle and layer.name not in included
+    }
 
 
 def _nothing(model: nn.Module, grouping: Grouping, left_out: Mapping[str, str]) -> ValueError:

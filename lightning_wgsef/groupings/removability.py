@@ -17,13 +17,14 @@ from lightning_wgsef.network.channels import (
     PRODUCERS,
     Slices,
     channel_sets,
+    is_scale,
     normalises_width,
     slices,
 )
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
 from lightning_wgsef.network.equivalence import differing_layer
 from lightning_wgsef.network.example_input import perturbed
-from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.layers import tensors_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal
 
@@ -204,11 +205,13 @@ def _never(graph: Graph, found: Removable) -> str:
 
 def _missing(graph: Graph, found: Removable) -> Iterator[tuple[str, str]]:
     """Yield module and tensor of what makes or scales the channels outside of their groups."""
-    parameters = {id(p): name for name, p in graph.model.named_parameters()}
+    own = {id(tensor): name for name, tensor in graph.tensors.values()}
     members = {member.name: member for member in found.layer.members}
     for side in found.tied.positions:
         for place in slices(graph, found.tied, side):
-            name = canonical_name(parameters.get(id(place.parameter), ""))
+            name = own.get(id(place.parameter), "")
+            if not is_scale(name, place.parameter):
+                continue
             member = members.get(name)
             index = None if member is None or member.axes != (place.axis,) else member.index
             if member is not None and index is None and member.axes == (place.axis,):
@@ -395,7 +398,7 @@ _CHANGED = "the outputs change when zero groups are taken out"
 
 def _zero(network: nn.Module, layer: GroupedLayer, dead: Tensor, *, readers: bool = False) -> None:
     """Set groups to zero, or with ``readers`` the last of their members, which reads them."""
-    parameters = {canonical_name(name): p for name, p in network.named_parameters()}
+    parameters = tensors_by_name(network)
     own = replace(layer, members=layer.members[-1:]) if readers else layer
     groups = Groups(with_values([own], parameters))
     factors = torch.ones(layer.count, device=groups.device)

@@ -15,15 +15,16 @@ from lightning_wgsef.groups.norm_statistics import NormStatistics, has_statistic
 from lightning_wgsef.network.channels import (
     ChannelSet,
     channel_sets,
+    is_scale,
     normalises_width,
     produced,
     slices,
 )
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
 from lightning_wgsef.network.layers import (
-    canonical_name,
     modules_by_name,
     other_layers,
+    tensors_by_name,
     unwrap,
     weighted_layers,
 )
@@ -59,10 +60,11 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
     """
     graph = build_graph(model, example_input)
     inner = unwrap(model)
-    own, modules = dict(inner.named_parameters()), modules_by_name(inner)
+    own, modules = tensors_by_name(inner), modules_by_name(inner)
     originals = {
-        id(parameter): (canonical_name(name), own[name])
-        for name, parameter in graph.model.named_parameters()
+        id(tensor): (name, own[name])
+        for name, tensor in graph.tensors.values()
+        if is_scale(name, own[name])
     }
     layers, left_out = [], other_layers(graph.model)
     for layer in weighted_layers(graph.model):
@@ -101,6 +103,8 @@ def _members(
     members: dict[int, Member] = {}
     for side in tied.positions:
         for found in slices(graph, tied, side):
+            if id(found.parameter) not in originals:
+                continue  # statistics, which a zero scale outweighs
             name, parameter = originals[id(found.parameter)]
             index = found.index()
             plain = len(index) == tied.count and bool((index == torch.arange(len(index))).all())
@@ -129,7 +133,11 @@ def _reserved(graph: Graph, found: ChannelSet, members: tuple[Member, ...]) -> s
     tied = found.tied
     if found.is_output:
         return "its channels are the network's outputs"
-    frozen = [member.name for member in members if not member.parameter.requires_grad]
+    frozen = [
+        member.name
+        for member in members
+        if isinstance(member.parameter, nn.Parameter) and not member.parameter.requires_grad
+    ]
     if frozen:
         return f"frozen: {frozen[0]} has no gradient"
     makers = (OPTYPE.CONV, OPTYPE.LINEAR, OPTYPE.EMBED)

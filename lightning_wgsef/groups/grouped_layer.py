@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from lightning_wgsef.groups.members import Member, gather
 from lightning_wgsef.groups.norm_statistics import NormStatistics, has_statistics
-from lightning_wgsef.network.layers import canonical_name, modules_by_name
+from lightning_wgsef.network.layers import modules_by_name, tensors_by_name
 
 
 def on_model(layers: Iterable[GroupedLayer], model: nn.Module) -> list[GroupedLayer]:
     """Return layers that were found on a copy with parameters and norms of the model itself."""
     layers = list(layers)
-    own = {canonical_name(name): parameter for name, parameter in model.named_parameters()}
+    own = tensors_by_name(model)
     modules = modules_by_name(model)
     norms = [
         [replace(norm, module=modules[norm.name]) for norm in layer.statistics] for layer in layers

@@ -46,7 +46,8 @@ def slices(graph: Graph, tied: CoupledChannels, side: Side) -> Iterator[Slices]:
     if not graph.outward(side) or any(node.module is given for given in graph.inputs):
         return
     if node.type == OPTYPE.PARAMETER:
-        yield Slices(node.module, parameter_axis(node.module, len(groups)), groups)
+        _, own = graph.tensors.get(id(node.module), ("", node.module))
+        yield Slices(own, parameter_axis(own, len(groups)), groups)
     elif node.type == OPTYPE.EMBED:
         yield Slices(node.module.weight, 1, groups)
     elif node.type == OPTYPE.PRELU and node.module.num_parameters == 1:
@@ -58,6 +59,16 @@ def slices(graph: Graph, tied: CoupledChannels, side: Side) -> Iterator[Slices]:
             parameter = getattr(node.module, name, None)
             if parameter is not None:
                 yield Slices(parameter, axis, groups)
+
+
+def is_scale(name: str, tensor: Tensor) -> bool:
+    """Is a tensor with an entry for every channel trained, or scale or shift of a frozen norm?
+
+    >>> norm = nn.BatchNorm1d(2)
+    >>> is_scale("0.bias", norm.bias.detach()), is_scale("0.running_mean", norm.running_mean)
+    (True, False)
+    """
+    return isinstance(tensor, nn.Parameter) or name.rpartition(".")[2] in ("weight", "bias")
 
 
 def parameter_axis(parameter: Tensor, width: int) -> int:
@@ -185,19 +196,19 @@ def input_obstacles(graph: Graph) -> dict[str, str]:
 
 def _obstacle(graph: Graph, tied: CoupledChannels, problems: dict[str, str]) -> str:
     """Why the parameters of these channels cannot be cut."""
-    parameters = {id(p): name for name, p in graph.model.named_parameters()}
+    own = {id(tensor): name for name, tensor in graph.tensors.values()}
     for side in tied.positions:
         node, _ = side
         name = graph.names.get(node.module, "")
         if graph.outward(side) and name in problems:
             return f"'{name}': {problems[name]}"
         for found in slices(graph, tied, side):
-            if id(found.parameter) not in parameters:
+            if id(found.parameter) not in own:
                 return f"'{name}': its weight is computed from other tensors"
             size = found.parameter.shape[found.axis]
             if found.axis < 0 or max(found.groups) >= size:
-                own = parameters[id(found.parameter)]
-                return f"'{own}' has no axis of {len(found.groups)} channels"
+                tensor = own[id(found.parameter)]
+                return f"'{tensor}' has no axis of {len(found.groups)} channels"
     return ""
 
 

@@ -8,7 +8,8 @@ works element by element. Hence the copy, and the `obstacle` of a set.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -76,6 +77,8 @@ class Graph:
         outputs: the nodes that return the network's outputs.
         inside: operations inside of the modules that torch-pruning knows.
         activations: the modules without parameters, by the operation they end in.
+        tensors: canonical name and tensor of the copy's parameters and of the buffers that the
+            graph has, by the id of what stands for it there: the parameter, or a stand-in.
     """
 
     model: nn.Module
@@ -85,6 +88,7 @@ class Graph:
     outputs: set[Node]
     inside: set[Any]
     activations: dict[Any, nn.Module]
+    tensors: dict[int, tuple[str, Tensor]]
 
     def outward(self, side: Side) -> bool:
         """Are these the outputs of the node (which for a norm are its inputs, too)?"""
@@ -96,8 +100,11 @@ class Graph:
         passed = []
         for node, _ in tied.positions:
             if isinstance(node.module, nn.Parameter):
+                own = self.tensors.get(id(node.module), ("", node.module))[1]
                 passed += [
-                    m for m in self.names if any(node.module is p for p in m._parameters.values())
+                    m
+                    for m in self.names
+                    if any(own is x for x in (*m._parameters.values(), *m._buffers.values()))
                 ]
             else:
                 passed.append(self.activations.get(node.grad_fn, node.module))
@@ -269,6 +276,59 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
     >>> tied.count, [node.type.name for node, _ in tied.positions]
     (8, ['CONV', 'ELEMENTWISE', 'CONV'])
     """
+    try:
+        return _traced(model, example_input, buffers=True)
+    except ValueError:  # where buffers cannot be followed, as one that is resized
+        return _traced(model, example_input, buffers=False)
+
+
+class _Engine(torch_pruning.DependencyGraph):  # type: ignore[misc]  # untyped
+    """Dependency graph that takes from a watch which operation is a module's own."""
+
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self._owners = watch.owners
+
+    def _trace_computational_graph(
+        self, nodes: Any, output: Any, owners: dict[Any, Any], *rest: Any, **more: Any
+    ) -> Any:
+        for operation, module in self._owners.items():
+            if module is None:
+                owners.pop(operation, None)
+            else:
+                owners[operation] = module
+        self._owners = {}  # operations without one get one of torch-pruning's
+        return super()._trace_computational_graph(nodes, output, owners, *rest, **more)
+
+
+@contextmanager
+def _followed_buffers(model: nn.Module) -> Iterator[dict[nn.Parameter, tuple[str, Tensor]]]:
+    """Let autograd follow the buffers of modules that torch-pruning does not know.
+
+    A frozen norm may hold scale and shift of every channel as buffers. Yields their names and the
+    buffers, by the leaf that stands for each while the block runs.
+    """
+    leaves: dict[nn.Parameter, tuple[str, Tensor]] = {}
+    replaced = []
+    for path, module in model.named_modules():
+        if torch_pruning.ops.module2type(module) != OPTYPE.ELEMENTWISE:
+            continue
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.is_floating_point() and buffer.numel() > 1:
+                # torch-pruning takes a parameter of three axes for a position.
+                leaf = nn.Parameter(buffer.clone()[None] if buffer.dim() == 3 else buffer.clone())
+                leaves[leaf] = (canonical_name(f"{path}.{name}"), buffer)
+                replaced.append((module, name, buffer))
+                # A tensor that is not a leaf may be written into.
+                module._buffers[name] = leaf[0] if buffer.dim() == 3 else leaf.clone()
+    try:
+        yield leaves
+    finally:
+        for module, name, buffer in replaced:
+            module._buffers[name] = buffer
+
+
+def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
     clone = model_copy(model).eval()
     for module in clone.modules():
         if getattr(module, "inplace", False) is True:  # it would hide its input from the trace
@@ -291,11 +351,13 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
         return parameter[0] if flat else parameter
 
     arguments = mapped(tracked, example_input)
-    watch, engine = Watch(), torch_pruning.DependencyGraph()
+    watch = Watch(clone)
+    engine = _Engine(watch)
     outputs: list[Tensor] = []
 
     def run(network: nn.Module, _: Any) -> list[Tensor]:
-        found = tensors(run_example(network, arguments))
+        with watch:
+            found = tensors(run_example(network, arguments))
         outputs.extend(x for x in found if x.grad_fn is not None)
         if not outputs:
             raise ValueError(
@@ -307,14 +369,18 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
     with torch.inference_mode(False), torch.enable_grad(), torch.random.fork_rng([]):
         try:
             named = {name: module for module, name in names.items()}
-            with warnings.catch_warnings(), observed(named, after=watch.note):
+            with (
+                warnings.catch_warnings(),
+                observed(named, after=watch.note),
+                _followed_buffers(clone) if buffers else nullcontext({}) as leaves,
+            ):
                 warnings.filterwarnings("ignore", module="torch_pruning")
                 try:
                     engine.build_dependency(
                         clone,
                         list(arguments),
                         run,
-                        unwrapped_parameters=list(inputs),
+                        unwrapped_parameters=[*inputs, *map(_with_axis, leaves)],
                         verbose=False,
                     )
                 except (IndexError, TypeError):  # a size that it cannot infer
@@ -332,4 +398,11 @@ def build_graph(model: nn.Module, example_input: Any) -> Graph:
     ends = {output.grad_fn for output in outputs}
     returned = {node for node in engine.module2node.values() if node.grad_fn in ends}
     given = [parameter for parameter, _ in inputs]
-    return Graph(clone, engine, names, given, returned, watch.inside, watch.activations)
+    own = {id(p): (canonical_name(name), p) for name, p in clone.named_parameters()}
+    own.update({id(leaf): found for leaf, found in leaves.items()})
+    return Graph(clone, engine, names, given, returned, watch.inside, watch.activations, own)
+
+
+def _with_axis(parameter: nn.Parameter) -> tuple[nn.Parameter, int]:
+    """Return a parameter and the last of its axes that is longer than 1."""
+    return parameter, max(axis for axis, size in enumerate(parameter.shape) if size > 1)

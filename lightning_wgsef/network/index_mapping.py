@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch_pruning import dependency  # type: ignore[import-untyped]
 
-from lightning_wgsef.network.operations import OPTYPE, shape_after
+from lightning_wgsef.network.operations import OPTYPE, adds_axes, shape_after
 
 Node = Any
 
@@ -61,6 +61,11 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
                     mapping = _Part(first, size, to_whole) if channels else None
                     towards[occurrence].index_mapping[slot] = mapping
     for node in engine.module2node.values():
+        before = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+        if node.type == OPTYPE.RESHAPE and adds_axes(before, shape_after(node.grad_fn) or ()):
+            for dep in (x for one in (node, *node.inputs, *node.outputs) for x in one.dependencies):
+                if node in (dep.source, dep.target):
+                    dep.index_mapping[0] = None
         for dep in node.dependencies if node.type == OPTYPE.CONCAT else ():
             if dep.target.type == OPTYPE.SPLIT:  # of the whole first, then to the other's whole
                 dep.index_mapping.reverse()

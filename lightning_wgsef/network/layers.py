@@ -147,6 +147,16 @@ def modules_by_name(model: nn.Module) -> dict[str, nn.Module]:
     return {canonical_name(name): module for name, module in model.named_modules()}
 
 
+def tensors_by_name(model: nn.Module) -> dict[str, Tensor]:
+    """All parameters and buffers by canonical name; a shared one has its first.
+
+    >>> list(tensors_by_name(nn.BatchNorm1d(2)))[:3]
+    ['weight', 'bias', 'running_mean']
+    """
+    named = [*model.named_parameters(), *model.named_buffers()]
+    return {canonical_name(name): tensor for name, tensor in named}
+
+
 def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
     """Every convolution and dense layer of ``model``, in the order in which they are defined.
 
@@ -236,6 +246,11 @@ def _following_norms(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
             for name, child in parent.named_children()
             if any(True for _ in child.parameters())
         ]
+        for name, layer in children:
+            for inside, norm in layer.named_children() if _is_weighted(layer) else ():
+                if _fits(norm, layer):  # a layer that holds its norm
+                    path = canonical_name(f"{prefix}{name}")
+                    found.setdefault(path, (f"{path}.{inside}", norm))
         taken: dict[str, str] = {}
         for adjacent in (True, False):
             for position, (name, layer) in enumerate(children):
@@ -247,7 +262,7 @@ def _following_norms(model: nn.Module) -> dict[str, tuple[str, nn.Module]]:
                     if free and _fits(norm, layer) and _paired(name, norm_name, adjacent):
                         taken[name] = norm_name
                         path = canonical_name(f"{prefix}{norm_name}")
-                        found[canonical_name(f"{prefix}{name}")] = (path, norm)
+                        found.setdefault(canonical_name(f"{prefix}{name}"), (path, norm))
     return found
 
 

@@ -7,10 +7,14 @@ import re
 from itertools import count
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 import torch_pruning  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from lightning_wgsef.network.example_input import tensors
+from lightning_wgsef.network.layers import parameter_homes, weighted_layers
 
 OPTYPE = torch_pruning.ops.OPTYPE
 
@@ -30,36 +34,114 @@ _ALONG_AXES = re.compile(
 )
 
 
-class Watch:
+# What multiplies by the weight of a convolution or dense layer.
+_PRODUCTS = (
+    torch.conv1d,
+    torch.conv2d,
+    torch.conv3d,
+    torch.conv_transpose1d,
+    torch.conv_transpose2d,
+    torch.conv_transpose3d,
+    F.linear,
+)
+
+
+class Watch(TorchFunctionMode):
     """Which operations belong to which module: what `observed` announces of a forward pass.
+
+    A convolution or dense layer may do more than multiply by its weight, such as normalise what
+    comes out by a norm that it holds: as a context, the watch sees which operation is the product.
+
+    Args:
+        model: the network that runs.
 
     Attributes:
         inside: operations inside of the modules that torch-pruning knows.
         activations: the modules without parameters, by the operation they end in.
+        owners: the module that an operation belongs to, where it is not the last module that ended
+            in it; None for no module.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        homes = parameter_homes(model)
         self.inside: set[Any] = set()
         self.activations: dict[Any, nn.Module] = {}
+        self.owners: dict[Any, nn.Module | None] = {}
+        self._readers = {
+            id(layer.weight): layer.module
+            for layer in weighted_layers(model)
+            if not layer.problem and len(homes[id(layer.weight)]) == 1
+        }
+        self._products: dict[nn.Module, Any] = {}
+        self._ended: dict[Any, nn.Module] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operation; note it if it is a layer's product.
+
+        Batch norms whose statistics have a gradient are written out: autograd's own has none there.
+        """
+        named = kwargs or {}
+        if func is F.batch_norm:
+            return _batch_norm(*args, **named)
+        result = func(*args, **named)
+        if func in _PRODUCTS:
+            weight = args[1] if len(args) > 1 else named.get("weight")
+            reader = self._readers.get(id(weight))
+            if reader is not None:
+                self._products[reader] = result.grad_fn
+        return result
 
     def note(self, _: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         """Note a call of a module."""
-        if not isinstance(returned, Tensor) or any(True for _ in module.children()):
+        if not isinstance(returned, Tensor):
             return
+        end = returned.grad_fn
+        own = self._products.pop(module, end)
         known = torch_pruning.ops.module2type(module) != OPTYPE.ELEMENTWISE
+        if known and own is not end:
+            self.owners[own], self.owners[end] = module, self._ended.get(end)
+        elif known:
+            self._ended[end] = module
+        if own is end and any(True for _ in module.children()):
+            return
         if known and not isinstance(module, MODULE_OPERATIONS):
             before = {None, *(x.grad_fn for x in tensors(given))}
-            waiting: list[Any] = [returned.grad_fn]
+            waiting: list[Any] = [own]
             while waiting:
                 operation: Any = waiting.pop()
                 if operation not in before and operation not in self.inside:
                     self.inside.add(operation)
                     waiting += [following for following, _ in operation.next_functions]
         elif next(module.parameters(), None) is None and all(
-            returned.grad_fn is not x.grad_fn
+            end is not x.grad_fn
             for x in tensors(given)  # Dropout and Identity hand on
         ):
-            self.activations.setdefault(returned.grad_fn, module)
+            self.activations.setdefault(end, module)
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    x, mean, var = input, running_mean, running_var
+    if training or mean is None or var is None or not mean.requires_grad:
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+
+    def laid(vector: Tensor) -> Tensor:
+        return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+    scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
+    shift = -mean * scale if bias is None else bias - mean * scale
+    return x * laid(scale) + laid(shift)
 
 
 def mixes_channels(node: Any) -> bool:
@@ -138,7 +220,18 @@ def shape_after(operation: Any) -> tuple[int, ...] | None:
     return tuple(int(size) for size in metadata[0].shape) if metadata else None
 
 
+def adds_axes(before: tuple[int, ...], after: tuple[int, ...]) -> bool:
+    """Does a view of a vector, such as a norm's scale, only add axes of size 1?
+
+    >>> adds_axes((8,), (1, 8, 1, 1)), adds_axes((8,), (2, 4))
+    (True, False)
+    """
+    return len(before) == 1 and [size for size in after if size != 1] == list(before)
+
+
 def _keeps_channels(before: tuple[int, ...], after: tuple[int, ...], width: int) -> bool:
+    if adds_axes(before, after):
+        return True
     if len(before) < 2 or len(after) < 2:
         return False
     if before[-1] == width != before[1]:  # channels last

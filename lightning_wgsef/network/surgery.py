@@ -264,9 +264,13 @@ def _cut_side(
 def _cut_parameter(
     plan: RemovalPlan, graph: Graph, parameter: nn.Parameter, positions: list[int], width: int
 ) -> None:
+    found = graph.tensors.get(id(parameter), ("", parameter))[1]
     for module, name in graph.names.items():
-        for tensor, own in module.named_parameters(recurse=False):
-            if own is parameter:
+        tensors = (module.named_parameters, module.named_buffers)
+        for tensor, own in (x for named in tensors for x in named(recurse=False)):
+            if own is found:
                 plan.remove(name, module, tensor, parameter_axis(own, width), positions)
                 if getattr(module, "normalized_shape", None) is not None:  # RMSNorm
                     plan.resize(name, module, "normalized_shape", len(positions))
+                elif getattr(module, "num_features", None) == width:  # several tensors, one size
+                    plan.sizes.setdefault(name, {})["num_features"] = width - len(positions)
