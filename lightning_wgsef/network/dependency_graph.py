@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -302,7 +302,9 @@ class _Engine(torch_pruning.DependencyGraph):  # type: ignore[misc]  # untyped
 
 
 @contextmanager
-def _followed_buffers(model: nn.Module) -> Iterator[dict[nn.Parameter, tuple[str, Tensor]]]:
+def _followed_buffers(
+    model: nn.Module, *, follow: bool
+) -> Iterator[dict[nn.Parameter, tuple[str, Tensor]]]:
     """Let autograd follow the buffers of modules that torch-pruning does not know.
 
     A frozen norm may hold scale and shift of every channel as buffers. Yields their names and the
@@ -310,7 +312,7 @@ def _followed_buffers(model: nn.Module) -> Iterator[dict[nn.Parameter, tuple[str
     """
     leaves: dict[nn.Parameter, tuple[str, Tensor]] = {}
     replaced = []
-    for path, module in model.named_modules():
+    for path, module in model.named_modules() if follow else ():
         if torch_pruning.ops.module2type(module) != OPTYPE.ELEMENTWISE:
             continue
         for name, buffer in module.named_buffers(recurse=False):
@@ -372,7 +374,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
             with (
                 warnings.catch_warnings(),
                 observed(named, after=watch.note),
-                _followed_buffers(clone) if buffers else nullcontext({}) as leaves,
+                _followed_buffers(clone, follow=buffers) as leaves,
             ):
                 warnings.filterwarnings("ignore", module="torch_pruning")
                 try:
@@ -398,7 +400,9 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
     ends = {output.grad_fn for output in outputs}
     returned = {node for node in engine.module2node.values() if node.grad_fn in ends}
     given = [parameter for parameter, _ in inputs]
-    own = {id(p): (canonical_name(name), p) for name, p in clone.named_parameters()}
+    own: dict[int, tuple[str, Tensor]] = {
+        id(p): (canonical_name(name), p) for name, p in clone.named_parameters()
+    }
     own.update({id(leaf): found for leaf, found in leaves.items()})
     return Graph(clone, engine, names, given, returned, watch.inside, watch.activations, own)
 

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
@@ -314,6 +315,10 @@ Call = Callable[[str, nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 Return = Callable[[str, nn.Module, tuple[Any, ...], Any], None]
 
 
+def _without_checkpoint(function: Callable[..., Any], _: bool, *inputs: Any) -> Any:
+    return function(*inputs)
+
+
 @contextmanager
 def observed(
     modules: Mapping[str, nn.Module], before: Call | None = None, after: Return | None = None
@@ -340,6 +345,9 @@ def observed(
         compiled = "torch._dynamo" in sys.modules
         if compiled and hasattr(torch.compiler, "set_stance"):  # it ignores hooks set after it
             undo.enter_context(torch.compiler.set_stance("force_eager"))
+        if "torch.utils.checkpoint" in sys.modules:  # the reentrant kind hides what lies inside
+            reentrant = torch.utils.checkpoint.CheckpointFunction
+            undo.enter_context(patch.object(reentrant, "apply", _without_checkpoint))
         for name, module in modules.items():
             if before is not None:
                 hook = module.register_forward_pre_hook(
