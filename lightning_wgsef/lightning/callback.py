@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib import import_module
@@ -19,6 +20,7 @@ from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.registry import Grouping, grouping_name
 from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.lightning.batch_norm_update import BatchNormUpdate, check_batches, silent
+from lightning_wgsef.lightning.model_checkpoints import dense_checkpoints, offer_pruned_metrics
 from lightning_wgsef.lightning.private import (
     average_models,
     hold_back_hparams,
@@ -89,6 +91,9 @@ class WGSEFCallback(Callback):
     ``wgsef/<layer>/group_sparsity`` (share of zero groups), ``wgsef/<layer>/value``,
     ``wgsef/<layer>/gap``, and over all layers ``wgsef/sparsity`` (share of the grouped weights that
     are zero), ``wgsef/value``, ``wgsef/gap``, ``wgsef/step`` (the step size) and ``wgsef/frozen``.
+
+    A ``ModelCheckpoint`` that is to keep the best of the pruned network monitors
+    ``wgsef/pruned/<metric>``: the module's own metric, from the freeze on.
 
     Args:
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
@@ -186,6 +191,7 @@ class WGSEFCallback(Callback):
         self._said_lost = False
         self._said_idle = False
         self._taken: list[int] = []
+        self._fixed_at: float | None = None
 
     @property
     def prefix(self) -> str:
@@ -273,7 +279,7 @@ class WGSEFCallback(Callback):
         if restores_later(trainer):
             self._group(trainer, pl_module)
         assert self.regularizer is not None
-        self._averages_masked = False
+        self._averages_masked, self._fixed_at = False, None
         steps = trainer.estimated_stepping_batches
         self.regularizer.total_steps = int(steps) if 0 < steps < math.inf else None
         done = logged_step(trainer)
@@ -343,6 +349,8 @@ class WGSEFCallback(Callback):
                 self._forget_batches()
         if self.regularizer.frozen and not self._averages_masked:
             self._averages_masked = True  # an average of zeros stays zero
+            if not self._summary.announced:  # by an earlier run
+                self._fixed_at = time.time()
             self._summary.freeze(trainer)
             for average in average_models(trainer):
                 apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
@@ -355,6 +363,7 @@ class WGSEFCallback(Callback):
             for key, value in self.regularizer.metrics().items():
                 pl_module.log(f"{self.prefix}/{key}", value, prog_bar=key in ("sparsity", "gap"))
             self._summary.log(trainer)
+        self._offer_metrics(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Count proximal steps."""
@@ -364,6 +373,7 @@ class WGSEFCallback(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Say so, once, if a whole epoch passed without a proximal step on some layers."""
         assert self.regularizer is not None
+        self._offer_metrics(trainer)
         idle = [
             layer.name
             for before, pruner in zip(self._taken, self.regularizer.pruners, strict=False)
@@ -380,6 +390,14 @@ class WGSEFCallback(Callback):
                 "or leave these layers out with exclude=",
                 stacklevel=2,
             )
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Offer what was measured to checkpoints that wait for the freeze."""
+        if self._saving is not None:  # within a fit
+            self._offer_metrics(trainer)
+
+    def _offer_metrics(self, trainer: Trainer) -> None:
+        offer_pruned_metrics(trainer, self.prefix, frozen=self._kept_its_promise())
 
     def on_validation_batch_start(
         self,
@@ -435,6 +453,12 @@ class WGSEFCallback(Callback):
         Weights that the module loaded in its own ``on_train_end`` get the mask, too.
         """
         self._said_lost = False
+        assert self.regularizer is not None
+        if self.regularizer.frozen and trainer.is_global_zero:
+            for words in dense_checkpoints(
+                trainer, self.prefix, self.state_key, self.regularizer, self._fixed_at
+            ):
+                warnings.warn(words, stacklevel=2)
         try:
             self._keep_masks("after training (on_train_end)")
         except ValueError as error:

@@ -38,13 +38,7 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
     >>> masks_from_zeros(group_parameters(network, "channel"))
     {'1': tensor([ True, False,  True])}
     """
-    measured = groups
-    if state_dict is not None:
-        values = {canonical_name(str(name)): tensor for name, tensor in state_dict.items()}
-        for layer in groups.layers:
-            for member in layer.members:
-                _check_like(member.name, values.get(member.name), member.parameter)
-        measured = Groups(with_values(groups.layers, values))
+    measured = groups if state_dict is None else _groups_of(groups, state_dict)
     alive = measured.alive().to(groups.device)
     if bool(alive.all()):
         raise ValueError(
@@ -126,6 +120,18 @@ def unmasked(groups: Groups, masks: Mapping[str, Tensor]) -> list[str]:
     return list(dict.fromkeys(name for name, one in zip(names, flags, strict=True) if one))
 
 
+def unmasked_in(
+    groups: Groups, masks: Mapping[str, Tensor], state_dict: Mapping[str, Tensor]
+) -> list[str]:
+    """Return `unmasked` of the weights in a ``state_dict``.
+
+    Raises:
+        ValueError: it lacks a weight, or has another shape.
+    """
+    on_cpu = {name: mask.cpu() for name, mask in masks.items()}
+    return unmasked(_groups_of(groups, state_dict), on_cpu)
+
+
 def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor]) -> None:
     """Set dead groups to zero in a copy of the model, such as an average of its weights.
 
@@ -174,6 +180,15 @@ def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
             "checkpoint, or a file of torch.save(model.state_dict(), ..)"
         )
     return masks_from_zeros(groups, state_dict)
+
+
+def _groups_of(groups: Groups, state_dict: Mapping[str, Tensor]) -> Groups:
+    """Return the groups with the weights of a ``state_dict``, checked to be like the model's."""
+    values = {canonical_name(str(name)): tensor for name, tensor in state_dict.items()}
+    for layer in groups.layers:
+        for member in layer.members:
+            _check_like(member.name, values.get(member.name), member.parameter)
+    return Groups(with_values(groups.layers, values))
 
 
 def _dead(groups: Groups, masks: Mapping[str, Tensor]) -> Iterator[tuple[Member, Tensor]]:

@@ -75,8 +75,10 @@ directory
     return temporary
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Any:
+def read_checkpoint(path: str | os.PathLike[str], *, in_place: bool = False) -> Any:
     """Return the numbers and text in a file of `torch.save`, on the CPU; nothing is executed.
+
+    With ``in_place``, tensors stay in the file until they are looked at.
 
     Raises:
         ValueError: no such file, one of something else, or one that holds more than that.
@@ -89,7 +91,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Any:
     if not Path(path).is_file():
         raise ValueError(f"there is no file {path}")
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=in_place)
     except Exception as error:  # a file of something else fails in any way inside the unpickler
         # torch's own words recommend to execute the file.
         if code := re.search(r"GLOBAL (\S+)", str(error)):
