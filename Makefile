@@ -103,9 +103,11 @@ oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependenc
 clean:  ## Environments and caches away.
 	rm -rf .venv .venv-dist .venv-oto dist .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
+# Not compiled: that is half of the time, and most of these files are never imported.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
+		-c constraints.txt -e ".[dev]"
 	touch $@
 
 .venv-oto/installed: pyproject.toml constraints.txt
