@@ -185,7 +185,13 @@ def _grouped(block: AttentionBlock, count: int, members: list[Member]) -> Groupe
     members = [*members, input_member(output, columns)]
     obstacle = _obstacle(block, count)
     return GroupedLayer(
-        block.name, "head", count, tuple(members), removable=not obstacle, obstacle=obstacle
+        block.name,
+        "head",
+        count,
+        tuple(members),
+        removable=not obstacle,
+        obstacle=obstacle,
+        has_reader=True,
     )
 
 

@@ -14,8 +14,20 @@ from lightning_wgsef.groupings.layout_proof import proved_layouts
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member, input_member, output_members
-from lightning_wgsef.network.attention import DenseLayer, attention_blocks, dense_layers
-from lightning_wgsef.network.layers import canonical_name, is_lazy, unwrap
+from lightning_wgsef.network.attention import (
+    DenseLayer,
+    attention_blocks,
+    dense_layers,
+    parameter_problem,
+)
+from lightning_wgsef.network.layers import (
+    canonical_name,
+    is_lazy,
+    modules_by_name,
+    parameter_homes,
+    unwrap,
+)
+from lightning_wgsef.network.recurrent import recurrent_layers, unit_indices
 
 _GATED = (("gate_proj", "up_proj", "down_proj"), ("w1", "w3", "w2"), ("wi_0", "wi_1", "wo"))
 
@@ -77,6 +89,10 @@ def hidden_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     second reads, and what the order of definition leaves open need an example input, on which the
     units are proved: with the columns of half of them at zero, their rows may be anything.
 
+    A hidden unit of `nn.LSTM`, `nn.GRU`, `nn.RNN` or a cell is its rows of all gates with
+    their biases, in all layers and directions at once, since these are of one width. A unit that is
+    zero stays zero in every state, unless a state that is given has something there.
+
     Args:
         model: any module; it is copied, not touched.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
@@ -117,7 +133,10 @@ def hidden_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
         proved, wrong = proved_layouts(model, example_input, pending)
         found.update(proved)
         left_out.update({name: why or f"{left_out[name]}, {_TRIED}" for name, why in wrong.items()})
-    order = [layer.name for layer in hidden.values() if layer.name in found]
+    recurrent, problems = _recurrent_units(model)
+    found.update({layer.name: layer for layer in recurrent})
+    left_out.update(problems)
+    order = [name for name in modules_by_name(model) if name in found]
     return Groups(
         [found[name] for name in order], {n: x for n, x in left_out.items() if n not in found}
     )
@@ -265,4 +284,28 @@ def _units(block: _Block, index: Tensor | None = None) -> GroupedLayer:
         tuple(members),
         removable=not obstacle,
         obstacle=obstacle,
+        has_reader=True,
     )
+
+
+def _recurrent_units(model: nn.Module) -> tuple[list[GroupedLayer], dict[str, str]]:
+    """Group the hidden units of recurrent layers; of those that cannot be, say why."""
+    layers, homes = [], parameter_homes(model)
+    left_out = {
+        canonical_name(name): f"{type(module).__name__} has a forward of its own"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.RNNBase | nn.RNNCellBase)
+    }
+    for name, module in recurrent_layers(model):
+        indices = unit_indices(module)
+        if problem := parameter_problem(module, indices, homes):
+            left_out[name] = problem
+            continue
+        left_out.pop(name)
+        members = [
+            Member(f"{name}.{parameter}".lstrip("."), getattr(module, parameter), (0,), index)
+            for parameter, index in indices.items()
+        ]
+        count = int(module.hidden_size)  # type: ignore[arg-type]  # nn.Module: Tensor | Module
+        layers.append(GroupedLayer(name, "hidden", count, tuple(members), removable=True))
+    return layers, left_out

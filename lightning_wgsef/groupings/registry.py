@@ -62,7 +62,7 @@ MISSING = {
     "head": "it has no nn.MultiheadAttention, and no attention with known names of layers: say "
     "them with lightning_wgsef.groupings.register_projections",
     "hidden": "it has no module with two dense layers of which the second reads what the first "
-    "makes",
+    "makes, and no recurrent layer of torch",
 }
 
 _SIZES = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_wgsef.network.channels import (
     Slices,
     channel_sets,
     is_scale,
+    layer_name,
     normalises_width,
     slices,
 )
@@ -26,7 +27,8 @@ from lightning_wgsef.network.equivalence import differing_layer
 from lightning_wgsef.network.example_input import perturbed
 from lightning_wgsef.network.layers import tensors_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
-from lightning_wgsef.network.surgery import RemovalPlan, channel_removal
+from lightning_wgsef.network.recurrent import UnitLayer
+from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, with_room_for_projections
 
 _CENTRED = (OPTYPE.BN, OPTYPE.IN)
 
@@ -64,18 +66,19 @@ def as_channels(graph: Graph, layer: GroupedLayer) -> Removable:
     >>> as_channels(graph, first).obstacle, as_channels(graph, last).obstacle
     ('', "its channels are the network's outputs")
     """
-    modules = {name: module for module, name in graph.names.items()}
+    makers = _makers(graph)
     for member in layer.members:
-        path, _, tensor = member.name.rpartition(".")
-        node = graph.engine.module2node.get(modules.get(path))
-        axis = int(getattr(modules.get(path), "transposed", False) and node.type == OPTYPE.CONV)
-        if node and node.type in PRODUCERS and tensor == "weight" and member.axes == (axis,):
+        module = makers.get(member.name)
+        node = graph.engine.module2node.get(module)
+        axis = int(getattr(module, "transposed", False) and node.type == OPTYPE.CONV)
+        if node and node.type in PRODUCERS and member.axes == (axis,):
             break
     else:
         return Removable(
             layer, CoupledChannels(), {}, "its groups are not the channels that a layer makes"
         )
     index = range(member.slices) if member.index is None else member.index.tolist()
+    index = index[: module.out_features] if isinstance(module, UnitLayer) else index
     owner = {channel: group for channel, group in enumerate(index) if group >= 0}
     tied = graph.tied(node.module, owner)
     groups: dict[int, int] = {}
@@ -88,6 +91,16 @@ def as_channels(graph: Graph, layer: GroupedLayer) -> Removable:
     if not obstacle:
         found = Removable(layer, tied, groups, _never(graph, found))
     return found
+
+
+def _makers(graph: Graph) -> dict[str, nn.Module]:
+    """List the modules of the graph that make channels, by the names of their weights."""
+    return {
+        f"{module.owner}.{module.matrix}".lstrip(".")
+        if isinstance(module, UnitLayer)
+        else f"{name}.weight".lstrip("."): module
+        for module, name in graph.names.items()
+    }
 
 
 def as_read_channels(graph: Graph, layer: GroupedLayer) -> Removable:
@@ -146,7 +159,7 @@ def _together(graph: Graph, tied: CoupledChannels, one: int, other: int) -> str:
 
 def _reader_names(graph: Graph, tied: CoupledChannels) -> list[str]:
     return [
-        graph.names[node.module]
+        layer_name(graph, node.module)
         for node, handler in tied.positions
         if node.type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward((node, handler))
     ]
@@ -185,9 +198,10 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
     norms = [name for name in sorted(operations) if "Norm" in name]
     if norms:
         return f"{norms[0]}, called by a forward, normalises over these channels"
-    return (
-        f"zero does not stay zero in one of {', '.join(sorted(operations))}" if operations else ""
-    )
+    states = [module.owner for module in passed if isinstance(module, UnitLayer)]
+    given = f", or a state that '{states[0]}' is given is not zero" if states else ""
+    found_in = ", ".join(sorted(operations))
+    return f"zero does not stay zero in one of {found_in}{given}" if operations else ""
 
 
 def _never(graph: Graph, found: Removable) -> str:
@@ -198,7 +212,9 @@ def _never(graph: Graph, found: Removable) -> str:
         module = next(module for module, own in graph.names.items() if own == name)
         node = graph.engine.module2node.get(module)
         # A depthwise filter makes zero of zero if it has no bias; a trial will tell.
-        if tensor == "weight" and node is not None and node.type in (OPTYPE.CONV, OPTYPE.LINEAR):
+        is_made = node is not None and node.type in (OPTYPE.CONV, OPTYPE.LINEAR)
+        recurrent = isinstance(module, nn.RNNBase | nn.RNNCellBase)
+        if (tensor == "weight" and is_made) or (tensor.startswith("weight") and recurrent):
             return f"tied to '{name}'; grouping='structure' takes both out"
     return ""
 
@@ -232,10 +248,6 @@ def _of_zero(module: nn.Module) -> float:
     except Exception:  # any module of the user's may be here, and takes what it takes
         return 0.0
     return float(value.flatten()[0]) if isinstance(value, Tensor) and value.numel() else 0.0
-
-
-# Groupings whose groups hold what reads them, so that a zero group adds nothing.
-_UNITS = ("head", "hidden")
 
 
 def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dict[str, str]:
@@ -314,8 +326,7 @@ def with_invariance(model: nn.Module, groups: Groups, example_input: Any) -> Gro
 def _doubtful(groups: Groups) -> tuple[list[GroupedLayer], list[GroupedLayer]]:
     """List the layers that claim to be removable, and have to prove it: units, and channels."""
     claiming = [x for x in groups.layers if x.removable and x.grouping != "layer"]
-    units = [x for x in claiming if x.grouping in _UNITS]
-    return units, [x for x in claiming if x.grouping not in _UNITS]
+    return [x for x in claiming if x.has_reader], [x for x in claiming if not x.has_reader]
 
 
 def _failures(
@@ -369,14 +380,16 @@ class _Trial:
     @torch.no_grad()
     def channels(self, graph: Graph, found: list[Removable]) -> str:
         """Say how the outputs with half of the groups zero, and with their channels cut, differ."""
-        zeroed, removals = copy.deepcopy(self.network), []
+        zeroed = copy.deepcopy(self.network)
+        removals: list[tuple[CoupledChannels, Collection[int]]] = []
         for x in found:
             if x.layer.count < 2:
                 return "it has one group"
-            dead = self._half(x.layer)
-            _zero(zeroed, x.layer, dead)
-            removals.append((x.tied, x.bundles(dead)))
-        failure = self._difference(zeroed, channel_removal(graph, removals))
+            removals.append((x.tied, x.bundles(self._half(x.layer))))
+        possible = list(with_room_for_projections(graph, removals))
+        for x, (_, bundles) in zip(found, possible, strict=True):
+            _zero(zeroed, x.layer, torch.tensor(sorted({x.groups[bundle] for bundle in bundles})))
+        failure = self._difference(zeroed, channel_removal(graph, possible))
         causes = [cause_of_leak(graph, x) for x in found] if failure == _CHANGED else []
         return next(filter(None, causes[:1]), failure)
 

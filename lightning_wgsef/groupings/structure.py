@@ -16,6 +16,7 @@ from lightning_wgsef.network.channels import (
     ChannelSet,
     channel_sets,
     is_scale,
+    layer_name,
     normalises_width,
     produced,
     slices,
@@ -29,6 +30,7 @@ from lightning_wgsef.network.layers import (
     weighted_layers,
 )
 from lightning_wgsef.network.operations import OPTYPE
+from lightning_wgsef.network.recurrent import UnitLayer
 
 
 def structure_groups(model: nn.Module, example_input: Any) -> Groups:
@@ -64,22 +66,23 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
     originals = {
         id(tensor): (name, own[name])
         for name, tensor in graph.tensors.values()
-        if is_scale(name, own[name])
+        if name in own and is_scale(name, own[name])
     }
-    layers, left_out = [], other_layers(graph.model)
+    layers, left_out = [], other_layers(inner)
     for layer in weighted_layers(graph.model):
         if layer.module not in graph.engine.module2node:
-            left_out.setdefault(layer.name, "the graph of example_input does not pass through it")
+            name = layer_name(graph, layer.module)
+            left_out[name] = "the graph of example_input does not pass through it"
     for found in channel_sets(graph):
         if found.obstacle:
             left_out[found.name] = found.obstacle
             for module, _ in produced(graph, found.tied):
-                left_out.setdefault(graph.names[module], found.obstacle)
+                left_out.setdefault(layer_name(graph, module), found.obstacle)
             continue
         members = _members(graph, found.tied, originals)
         for module in graph.modules(found.tied):
-            if isinstance(module, nn.Embedding):
-                left_out.pop(graph.names[module], None)
+            if isinstance(module, nn.Embedding | UnitLayer):
+                left_out.pop(layer_name(graph, module), None)
         reserved = _reserved(graph, found, members)
         layers.append(
             GroupedLayer(
@@ -142,7 +145,7 @@ def _reserved(graph: Graph, found: ChannelSet, members: tuple[Member, ...]) -> s
         return f"frozen: {frozen[0]} has no gradient"
     makers = (OPTYPE.CONV, OPTYPE.LINEAR, OPTYPE.EMBED)
     sides = [side for side in tied.positions if side[0].type in makers and graph.outward(side)]
-    producers = [graph.names[side[0].module] for side in sides]
+    producers = list(dict.fromkeys(layer_name(graph, side[0].module) for side in sides))
     if len(producers) > 1 and any(map(normalises_width, graph.modules(tied))):
         names = ", ".join(f"'{name}'" for name in producers[:3])
         return f"residual stream of {names}{' ..' if len(producers) > 3 else ''}"

@@ -51,6 +51,8 @@ class GroupedLayer:
         members: where the groups' weights are.
         removable: whether zero groups can be taken out of the network.
         obstacle: why they cannot, where somebody might expect it; "" otherwise.
+        has_reader: does the last member read what the others make, so that with it at zero a group
+            adds nothing?
         reserved: why the layer is left out unless the user names it; "" for "it is not".
         weights: penalty weights w_j > 0, shape (count,); None: 1.
         layer_normalised: in one competition of all layers, the weights are divided by the mean
@@ -70,6 +72,7 @@ class GroupedLayer:
     members: tuple[Member, ...]
     removable: bool = False
     obstacle: str = ""
+    has_reader: bool = False
     reserved: str = ""
     weights: Tensor | None = None
     layer_normalised: bool = False

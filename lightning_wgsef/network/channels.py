@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
 from lightning_wgsef.network.layers import Homes, parameter_homes, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE
+from lightning_wgsef.network.recurrent import UnitLayer
 
 PRODUCERS = (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV, OPTYPE.LINEAR)
 
@@ -45,7 +47,11 @@ def slices(graph: Graph, tied: CoupledChannels, side: Side) -> Iterator[Slices]:
     groups = {place: tied.bundle[root] for place, root in tied.positions[side].items()}
     if not graph.outward(side) or any(node.module is given for given in graph.inputs):
         return
-    if node.type == OPTYPE.PARAMETER:
+    if isinstance(node.module, UnitLayer):
+        rows = {row: group for place, group in groups.items() for row in node.module.rows([place])}
+        for name in node.module.tensors:
+            yield Slices(node.module.parameter(name), 0, rows)
+    elif node.type == OPTYPE.PARAMETER:
         _, own = graph.tensors.get(id(node.module), ("", node.module))
         yield Slices(own, parameter_axis(own, len(groups)), groups)
     elif node.type == OPTYPE.EMBED:
@@ -94,6 +100,11 @@ def produced(graph: Graph, tied: CoupledChannels) -> Iterator[tuple[nn.Module, d
     for side, positions in tied.positions.items():
         if side[0].type in PRODUCERS and graph.outward(side):
             yield side[0].module, positions
+
+
+def layer_name(graph: Graph, module: nn.Module) -> str:
+    """The name under which the channels that a module of the graph makes are reported."""
+    return module.set_name if isinstance(module, UnitLayer) else graph.names[module]
 
 
 def normalises_width(module: object) -> bool:
@@ -160,7 +171,7 @@ def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
             bundle = f"its {len(channels)} channels can only be removed together"
             obstacle = obstacle or (bundle if len(channels) > 1 else "it has one channel")
         is_output = any(side[0] in graph.outputs and graph.outward(side) for side in tied.positions)
-        yield ChannelSet(layer.name, tied, obstacle, is_output)
+        yield ChannelSet(layer_name(graph, layer.module), tied, obstacle, is_output)
 
 
 def input_obstacles(graph: Graph) -> dict[str, str]:
@@ -173,6 +184,7 @@ def input_obstacles(graph: Graph) -> dict[str, str]:
     {'0': 'no convolution or dense layer makes its input channels alone', '1': ''}
     """
     causes: dict[str, list[str]] = {}
+    owners = {name: layer_name(graph, module) for module, name in graph.names.items()}
     for found in channel_sets(graph):
         readers = [
             graph.names[side[0].module]
@@ -180,7 +192,8 @@ def input_obstacles(graph: Graph) -> dict[str, str]:
             if side[0].type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward(side)
         ]
         for name in readers:
-            also = [f"'{other}' reads these channels, too" for other in readers if other != name]
+            others = [owners.get(other, other) for other in readers if other != name]
+            also = [f"'{other}' reads these channels, too" for other in others]
             end = "they are channels of the network's outputs, too" if found.is_output else ""
             why = next(filter(None, (found.obstacle, end, *also[:1])), "")
             causes.setdefault(name, []).append(why and f"{why} (made by '{found.name}')")
@@ -212,6 +225,12 @@ def _obstacle(graph: Graph, tied: CoupledChannels, problems: dict[str, str]) -> 
     return ""
 
 
+def read_weight(module: Any) -> Tensor:
+    """The weight by which a layer of the graph reads channels."""
+    weight: Tensor = module.weight
+    return module.parameter(module.matrix) if isinstance(module, UnitLayer) else weight
+
+
 def _shared(graph: Graph, tied: CoupledChannels, homes: Homes) -> str:
     """Weights that several modules share must be cut in all of them alike."""
     uses: dict[int, dict[nn.Module, _Use]] = {}
@@ -236,4 +255,4 @@ def _touched(
         yield found.parameter, found.axis, found.groups
     if not graph.outward(side) and node.type in PRODUCERS:
         groups = {place: tied.bundle[root] for place, root in tied.positions[side].items()}
-        yield node.module.weight, int(not getattr(node.module, "transposed", False)), groups
+        yield read_weight(node.module), int(not getattr(node.module, "transposed", False)), groups

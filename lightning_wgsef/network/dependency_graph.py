@@ -38,6 +38,7 @@ from lightning_wgsef.network.operations import (
     operation_obstacle,
     shape_after,
 )
+from lightning_wgsef.network.recurrent import PaddingAsAnySum, follow_units
 
 Node = Any
 
@@ -335,6 +336,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
     for module in clone.modules():
         if getattr(module, "inplace", False) is True:  # it would hide its input from the trace
             module.inplace = False  # type: ignore[assignment]
+    follow_units(clone)
     for parameter in clone.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     names = {module: canonical_name(name) for name, module in clone.named_modules()}
@@ -375,6 +377,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
                 warnings.catch_warnings(),
                 observed(named, after=watch.note),
                 _followed_buffers(clone, follow=buffers) as leaves,
+                PaddingAsAnySum(),
             ):
                 warnings.filterwarnings("ignore", module="torch_pruning")
                 try:
@@ -383,6 +386,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
                         list(arguments),
                         run,
                         unwrapped_parameters=[*inputs, *map(_with_axis, leaves)],
+                        ignored_layers=[x for x in names if isinstance(x, nn.RNNBase)],
                         verbose=False,
                     )
                 except (IndexError, TypeError):  # a size that it cannot infer

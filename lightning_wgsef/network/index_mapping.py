@@ -49,6 +49,9 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
         engine: a dependency graph of torch-pruning.
         one_dimensional: tensors of three axes have their channels along the second.
     """
+    for node in engine.module2node.values():
+        if node.type == OPTYPE.UNBIND:  # torch-pruning takes the parts for channels of one tensor
+            _unmap(node)
     for node, edges, axis, rank in _joints(engine):
         along = _channel_axis(node, 1 if one_dimensional else 2) if rank == 3 else 1
         channels = axis == along and rank > 0
@@ -69,6 +72,14 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
         for dep in node.dependencies if node.type == OPTYPE.CONCAT else ():
             if dep.target.type == OPTYPE.SPLIT:  # of the whole first, then to the other's whole
                 dep.index_mapping.reverse()
+
+
+def _unmap(node: Node) -> None:
+    for dep in node.dependencies:
+        dep.index_mapping[:] = [None, None]
+        for back in dep.target.dependencies:
+            if back.target is node:
+                back.index_mapping[:] = [None, None]
 
 
 def _channel_axis(node: Node, otherwise: int) -> int:

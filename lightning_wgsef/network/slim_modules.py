@@ -1,4 +1,4 @@
-"""Modules that stand in a slim network for those that cannot be made smaller themselves."""
+"""Modules that stand in a slim network for those that cannot be made smaller by themselves."""
 
 from __future__ import annotations
 
@@ -134,3 +134,87 @@ class SlimAttention(nn.MultiheadAttention):
             part = functional.pad(part.to(like.dtype), (0, length - part.shape[-1]))
             total = part if total is None else total + part
         return total
+
+
+class SlimRecurrent(nn.Module):
+    """A recurrent layer without some of its hidden units, which takes the states of before, too.
+
+    A state of the width of before, such as zeros that a forward makes, is cut to the units that
+    were kept. What is returned has the kept ones.
+
+    >>> gru = nn.GRUCell(2, 3)
+    >>> for p in gru.parameters():
+    ...     p.data = p.data[[0, 3, 6]]
+    >>> gru.weight_hh.data, gru.hidden_size = gru.weight_hh.data[:, :1], 1
+    >>> gru = SlimRecurrent.of(gru, [(3, [0])])
+    >>> gru(torch.ones(5, 2), torch.zeros(5, 3)).shape
+    torch.Size([5, 1])
+    """
+
+    states: tuple[tuple[int, tuple[int, ...]], ...]
+
+    @staticmethod
+    def of(module: nn.Module, states: list[tuple[int, list[int]]]) -> nn.Module:
+        """Turn a recurrent layer of torch into one that takes states of before.
+
+        Args:
+            module: the layer, which stays the same object.
+            states: for every tensor of its state, how wide it was and which units are kept of it.
+        """
+        before = getattr(module, "states", tuple((wide, tuple(range(wide))) for wide, _ in states))
+        now = tuple(
+            (full, tuple(known[place] for place in kept))
+            for (full, known), (_, kept) in zip(before, states, strict=True)
+        )
+        module.__class__ = _SLIM_RECURRENT.get(type(module), type(module))
+        module.states = now  # type: ignore[assignment]  # plain data
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+        return module
+
+    def forward(self, given: Any, state: Any = None) -> Any:
+        """As the layer of torch; a state may be of the full width."""
+        if isinstance(state, tuple):
+            pairs = zip(state, self.states, strict=True)
+            return super().forward(given, tuple(_kept_of(x, *own) for x, own in pairs))
+        return super().forward(given, _kept_of(state, *self.states[0]))
+
+
+def _kept_of(state: Any, full: int, kept: tuple[int, ...]) -> Any:
+    if not isinstance(state, Tensor) or state.shape[-1] != full or len(kept) == full:
+        return state
+    return state.index_select(-1, torch.tensor(kept, device=state.device))
+
+
+class SlimLSTM(SlimRecurrent, nn.LSTM):
+    """`nn.LSTM` without some of its hidden units."""
+
+
+class SlimGRU(SlimRecurrent, nn.GRU):
+    """`nn.GRU` without some of its hidden units."""
+
+
+class SlimRNN(SlimRecurrent, nn.RNN):
+    """`nn.RNN` without some of its hidden units."""
+
+
+class SlimLSTMCell(SlimRecurrent, nn.LSTMCell):
+    """`nn.LSTMCell` without some of its hidden units."""
+
+
+class SlimGRUCell(SlimRecurrent, nn.GRUCell):
+    """`nn.GRUCell` without some of its hidden units."""
+
+
+class SlimRNNCell(SlimRecurrent, nn.RNNCell):
+    """`nn.RNNCell` without some of its hidden units."""
+
+
+_SLIM_RECURRENT: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: SlimLSTM,
+    nn.GRU: SlimGRU,
+    nn.RNN: SlimRNN,
+    nn.LSTMCell: SlimLSTMCell,
+    nn.GRUCell: SlimGRUCell,
+    nn.RNNCell: SlimRNNCell,
+}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from lightning_wgsef.network.channels import parameter_axis
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
-from lightning_wgsef.network.slim_modules import Skip, SlimAttention
+from lightning_wgsef.network.recurrent import UnitLayer
+from lightning_wgsef.network.slim_modules import Skip, SlimAttention, SlimRecurrent
 
 Size = int | tuple[int, ...]
 
@@ -89,6 +90,7 @@ class RemovalPlan:
         if optimizer is not None:
             _forget(optimizer, gone)
         modules, done = modules_by_name(model), set[int]()
+        states = {name: self._kept_states(name, module) for name, module in modules.items()}
         for name, heads in self.heads.items():
             attention = modules[name]
             if not isinstance(attention, nn.MultiheadAttention):
@@ -117,6 +119,28 @@ class RemovalPlan:
         for path, sizes in self.sizes.items():
             for attribute, size in sizes.items():
                 setattr(modules[path], attribute, size)
+        for name, kept in states.items():
+            if kept:
+                SlimRecurrent.of(modules[name], kept)
+
+    def _kept_states(self, name: str, module: nn.Module) -> list[tuple[int, list[int]]]:
+        """What stays of every state of a recurrent layer, and its width; [] where all does."""
+        if not isinstance(module, nn.RNNBase | nn.RNNCellBase):
+            return []
+        end = "_l0" if isinstance(module, nn.RNNBase) else ""
+        units, outputs = (
+            self.kept.get(f"{name}.weight_{kind}{end}".lstrip("."), {}).get(0)
+            for kind in ("ih", "hr")
+        )
+        if units is None and outputs is None:
+            return []
+        width = module.hidden_size
+        kept = [(width, list(range(width)) if units is None else [x for x in units if x < width])]
+        if projected := getattr(module, "proj_size", 0):
+            kept.insert(0, (projected, list(range(projected)) if outputs is None else outputs))
+        elif isinstance(module, nn.LSTM | nn.LSTMCell):
+            kept *= 2
+        return kept
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
@@ -208,7 +232,7 @@ def channel_removal(
     """
     gone: dict[Side, set[int]] = {}
     widths: dict[Side, int] = {}
-    for tied, bundles in removals:
+    for tied, bundles in with_room_for_projections(graph, list(removals)):
         for side, roots in tied.positions.items():
             removed = {place for place, root in roots.items() if tied.bundle[root] in bundles}
             gone.setdefault(side, set()).update(removed)
@@ -218,6 +242,31 @@ def channel_removal(
         if positions:
             _cut_side(plan, graph, side, sorted(positions), widths[side])
     return plan
+
+
+def with_room_for_projections(
+    graph: Graph, removals: Sequence[tuple[CoupledChannels, Collection[int]]]
+) -> Iterator[tuple[CoupledChannels, Collection[int]]]:
+    """Leave as many units that would go in an LSTM that it has more than projections.
+
+    Otherwise torch takes it for one without projections.
+    """
+
+    def left(
+        tied: CoupledChannels, bundles: Collection[int], size: str
+    ) -> Iterator[tuple[UnitLayer, int]]:
+        for side, roots in tied.positions.items():
+            layer = side[0].module
+            if isinstance(layer, UnitLayer) and layer.sizes[1] == size and graph.outward(side):
+                yield layer, sum(tied.bundle[root] not in bundles for root in roots.values())
+
+    projected = {x.owner: units for own in removals for x, units in left(*own, "proj_size")}
+    for tied, bundles in removals:
+        for layer, units in left(tied, bundles, "hidden_size"):
+            if layer.projections:
+                few = projected.get(layer.owner, layer.projections) + 1 - units
+                bundles = sorted(bundles)[max(0, few) :]
+        yield tied, bundles
 
 
 def _cut_side(
@@ -235,7 +284,14 @@ def _cut_side(
     def remove(tensor: str, axis: int, places: list[int]) -> None:
         plan.remove(name, module, tensor, axis, places)
 
-    if node.type in _PASSED:
+    if isinstance(module, UnitLayer):
+        outward = graph.outward(side)
+        rows = module.rows(positions) if outward else positions
+        for tensor in module.tensors if outward else [module.matrix]:
+            plan.remove(module.owner, module.layer[0], tensor, int(not outward), rows)
+        if size := module.sizes[outward]:
+            plan.resize(module.owner, module.layer[0], size, less)
+    elif node.type in _PASSED:
         if node.type == OPTYPE.PRELU and module.num_parameters == 1:
             return
         for tensor in _NORM_TENSORS:

@@ -15,11 +15,13 @@ from lightning_wgsef.network.channels import (
     channel_sets,
     input_obstacles,
     produced,
+    read_weight,
     slices,
 )
 from lightning_wgsef.network.dependency_graph import Graph
 from lightning_wgsef.network.layers import modules_by_name, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE
+from lightning_wgsef.network.recurrent import recurrent_layers
 from lightning_wgsef.slimming.constant_folding import constants, fold
 
 
@@ -73,8 +75,7 @@ def dead_channels(
     sets, kept = [], {}
     for found in channel_sets(graph):
         if found.obstacle or found.is_output:
-            filters = _any_along(modules[found.name].weight, 0)
-            if found.obstacle and not bool(filters.all()):
+            if found.obstacle and _input_free(graph, found):
                 kept[found.name] = found.obstacle
             continue
         silent = _input_free(graph, found)
@@ -110,18 +111,16 @@ def dead_channels(
 
 
 def has_zero_channels(network: nn.Module) -> bool:
-    """Has any layer a filter of zeros, or an input channel that it does not read?
+    """Has any layer a filter or hidden unit of zeros, or an input channel that it does not read?
 
     >>> layer = nn.Linear(2, 2)
     >>> has_zero_channels(layer), layer.weight.data[:, 1].zero_(), has_zero_channels(layer)
     (False, tensor([0., 0.]), True)
     """
-    return any(
-        not bool(_any_along(layer.weight, axis).all())
-        for layer in weighted_layers(network)
-        for axis in (0, 1)
-        if not layer.problem
-    )
+    weights = [layer.weight for layer in weighted_layers(network) if not layer.problem]
+    for _, module in recurrent_layers(network):
+        weights += [p for p in module.parameters(recurse=False) if p.dim() > 1]
+    return any(not bool(_any_along(weight, axis).all()) for weight in weights for axis in (0, 1))
 
 
 def zeros_left(graph: Graph, network: nn.Module) -> dict[str, str]:
@@ -172,7 +171,7 @@ def _readers(graph: Graph, found: ChannelSet) -> Iterator[_Reader]:
 
 def _read_channels(module: Any) -> Tensor:
     """Which of its input channels a layer has weights for that are not zero."""
-    weight = module.weight
+    weight = read_weight(module)
     if getattr(module, "transposed", False):
         return _any_along(weight, 0)
     # Each part of a grouped convolution has its own rows, and columns of the same numbers.
@@ -181,7 +180,8 @@ def _read_channels(module: Any) -> Tensor:
 
 
 def _any_along(tensor: Tensor, axis: int) -> Tensor:
-    return tensor.detach().ne(0).movedim(axis, 0).flatten(1).any(1)
+    nonzero = tensor.detach().ne(0)
+    return nonzero if tensor.dim() == 1 else nonzero.movedim(axis, 0).flatten(1).any(1)
 
 
 def _silence(
@@ -198,6 +198,8 @@ def _silence(
             return f"zero filters reach '{reader.name}' as something that is not constant"
         if bool((values != 0).any()) and not modules:
             return f"folding a constant that is not zero into '{reader.name}' changes the outputs"
+        if bool((values != 0).any()) and reader.name not in modules:
+            return f"a constant that is not zero cannot be folded into '{reader.name}'"
         if bool((values != 0).any()):
             reason = fold(modules[reader.name], positions, values)
             if reason:

@@ -34,7 +34,7 @@ def dead_units(groups: Groups) -> list[DeadUnits]:
     [False, True, True, False, False, False]
     """
     found = []
-    for layer in groups.layers:
+    for layer in (layer for layer in groups.layers if layer.has_reader):
         dead = ~Groups([replace(layer, members=layer.members[-1:])]).alive().cpu()
         if bool(dead.all()):
             dead[0] = False  # a layer cannot be empty
