@@ -30,6 +30,8 @@ Maker = Callable[[nn.Module], Groups]
 # A command line tries these in turn: a function first would take a mapping for its arguments.
 Grouping = Mapping[str, str | Maker] | str | Maker
 
+DEFAULT_GROUPING = "channel"
+
 GROUPINGS: dict[str, Maker] = {
     "channel": channel_groups,
     "element": element_groups,
@@ -154,8 +156,10 @@ def needs_interface(grouping: Grouping) -> bool:
     return isinstance(grouping, str) and grouping in _AT_THE_ENDS
 
 
-def grouping_name(grouping: Grouping) -> str:
-    """Return the name by which messages call a grouping."""
+def grouping_name(grouping: Grouping | None) -> str:
+    """Return the name by which messages call a grouping; None is the default."""
+    if grouping is None:
+        return DEFAULT_GROUPING
     if isinstance(grouping, str | Mapping):
         return str(grouping)
     return str(getattr(grouping, "__name__", "custom"))

@@ -40,6 +40,7 @@ from lightning_wgsef.training.half_space import HalfSpace
 from lightning_wgsef.training.masks import apply_masks_to
 from lightning_wgsef.training.options import ARGUMENTS, Settings
 from lightning_wgsef.training.regularizer import WGSEF
+from lightning_wgsef.training.saved_grouping import saved_grouping
 from lightning_wgsef.training.schedules import CubicRamp, Schedule
 
 if TYPE_CHECKING:
@@ -103,7 +104,7 @@ class WGSEFCallback(Callback):
             schedule, such as `Homotopy`, or `Constant`, the paper's step all the way.
         grouping: a name ("channel", "filter", "structure", "head", "hidden", "layer", "2:4",
             "block:16x16", "element", ...), a function from a module to `Groups`, or a mapping from
-            patterns of layer names to these.
+            patterns of layer names to these. None: "channel", or with ``masks`` what was pruned.
         scope: "layer", or "global": all layers compete for one budget.
         weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", or
             tensors.
@@ -151,7 +152,7 @@ class WGSEFCallback(Callback):
         self,
         k: CubicRamp | Budget = 0.5,  # a command line tries these in turn: a ramp is a mapping
         lam: float | Schedule | None = None,
-        grouping: Grouping = "channel",
+        grouping: Grouping | None = None,
         *,
         scope: Literal["layer", "global"] = "layer",
         weights: Weights = None,
@@ -268,6 +269,9 @@ class WGSEFCallback(Callback):
                 )
         if self._state and arguments["masks"] is not None:
             arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
+            saved = self._state.get("grouping")
+            if arguments["grouping"] is None and isinstance(saved, Mapping):
+                arguments["grouping"] = saved_grouping([saved])
         self.regularizer = WGSEF(pl_module, **arguments)
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if isinstance(other, WGSEFCallback) and other is not self and other.regularizer:

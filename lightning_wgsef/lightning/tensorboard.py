@@ -224,8 +224,12 @@ def _settings(callbacks: list[Any]) -> dict[str, Any]:
             for name, value in callback.arguments.items()
             if name not in DEFAULTS or (name != "example_input" and value != DEFAULTS[name])  # type: ignore[literal-required]
         }
-        if own["lam"] is None:
-            own["lam"] = callback.regularizer.schedule  # what the default stands for
+        for name, default in (
+            ("lam", callback.regularizer.schedule),
+            ("grouping", callback.regularizer.grouping),
+        ):
+            if own[name] is None:
+                own[name] = default  # what it stands for
         settings |= {f"{callback.prefix}/{name}": value for name, value in own.items()}
     return settings
 

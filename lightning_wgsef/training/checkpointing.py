@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.training.saved_grouping import said_of
 
 _LARGEST = 2**63 - 1
 
@@ -100,9 +101,12 @@ def pruner_states(
     ...
     ValueError: the saved state is damaged: attachments must be a list, got 3
     """
-    if not isinstance(state, Mapping) or set(state) != {"attachments"}:
-        _refuse("it", "what WGSEF.state_dict returned", state)
-    parts = state["attachments"]
+    if not isinstance(state, Mapping) or set(state) - {"grouping"} != {"attachments"}:
+        shown = list(state) if isinstance(state, Mapping) else state
+        _refuse("it", "what WGSEF.state_dict returned", shown)
+    parts, grouping = state["attachments"], state.get("grouping", {})
+    if not isinstance(grouping, Mapping):
+        _refuse("grouping", "a dict", grouping)
     if not isinstance(parts, list):
         _refuse("attachments", "a list", parts)
     seen: set[str] = set()
@@ -122,10 +126,12 @@ def pruner_states(
             if not _is_count(count) or counts.get(name) != count or name not in optimizers
         }
         if unknown:
+            of = f" of {said_of(grouping)}" if grouping else ""
             raise ValueError(
                 f"the saved state is of other groups: it has {reprlib.repr(unknown)} (layer: "
-                f"groups), this model has {counts}, of which optimizers train {list(optimizers)}; "
-                "resume with the same model, grouping, include and exclude, or start without it"
+                f"groups){of}, this model has {counts}, of which optimizers train "
+                f"{list(optimizers)}; resume with the same model, grouping, include and exclude, "
+                "or start without it"
             )
         if len({id(optimizers[name]) for name in layers}) > 1:
             raise ValueError(

@@ -6,17 +6,32 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_wgsef.groups.grouped_layer import on_model, with_values
+from lightning_wgsef.groupings.group_parameters import group_parameters
+from lightning_wgsef.groupings.registry import Grouping, grouping_name
+from lightning_wgsef.groups.grouped_layer import GroupedLayer, on_model, with_values
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
-from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.layers import (
+    canonical_name,
+    modules_by_name,
+    tensors_by_name,
+)
+from lightning_wgsef.network.sharding import unsharded_copy
+from lightning_wgsef.training.saved_grouping import said_of, saved_grouping, saved_groupings
 from lightning_wgsef.utils.files import read_checkpoint
+
+# A row for padding is zero and trained by nobody.
+_WITH_ZERO_ROWS = (nn.Embedding, nn.EmbeddingBag)
+
+# Share of a layer's weights from which on zeros in no group are no accident.
+_MANY_ZEROS = 0.01
 
 # For every layer, by name, a boolean for every group: alive?
 Masks = dict[str, Tensor]
@@ -43,15 +58,122 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
     if bool(alive.all()):
         raise ValueError(
             f"no group is zero in {', '.join(layer.name for layer in groups.layers)}: these "
-            "weights are not pruned; take those of a pruned network, with the grouping it had"
+            "weights are not pruned; take those of a pruned network, with the grouping it had, or "
+            "beside masks= no grouping: it is found then"
         )
     return groups.split(alive)
 
 
-def given_masks(groups: Groups, masks: str | Path) -> Masks:
+def pruned_grouping(model: nn.Module, masks: str | Path, arguments: Mapping[str, Any]) -> Grouping:
+    """Find how a network was pruned, where nobody says it.
+
+    As the checkpoint's callbacks say; else as `channel` has it, if its zero groups explain every
+    zero; else by single weights, of which all that are zero are dead, see `zero_weights`.
+
+    Args:
+        model: any module.
+        masks: "from_zeros", or the path of a checkpoint.
+        arguments: of `group_parameters`.
+
+    Raises:
+        ValueError: a checkpoint that cannot be read, or is of another model.
+    """
+    plain = unsharded_copy(model)
+    values = tensors_by_name(plain)
+    if masks != "from_zeros":
+        content = _read(masks)
+        if saved := list(saved_groupings(content)):
+            return saved_grouping(saved)
+        state = {canonical_name(str(name)): x for name, x in _weights(content, masks).items()}
+        values |= {name: x for name, x in state.items() if name in values}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what may be the network's input: nothing is looked for
+        try:
+            groups = group_parameters(plain, **arguments)
+        except ValueError:
+            groups = Groups([])
+    default: Grouping = arguments["grouping"]
+    single = zero_weights(plain, values)
+    vectors = {m.name for x in single for m in x.members if m.parameter.dim() == 1}
+    if not single or (groups.layers and not vectors and not _unexplained(plain, groups, values)):
+        return default
+
+    def element(model: nn.Module) -> Groups:
+        return Groups(zero_weights(model, values))
+
+    return element
+
+
+def _unexplained(
+    model: nn.Module, groups: Groups, values: Mapping[str, Tensor]
+) -> dict[str, float]:
+    """Find matrices with zeros outside of zero groups: their share of all weights, by name."""
+    own = Groups(with_values(groups.layers, values))
+    ignored = {name for name, why in groups.left_out.items() if why.endswith("named in exclude")}
+    left = {
+        f"{path}.{name}".lstrip("."): values[f"{path}.{name}".lstrip(".")] == 0
+        for path, module in modules_by_name(model).items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+        and not isinstance(module, _WITH_ZERO_ROWS)
+        and path not in ignored
+        and f"{path}.{name}".lstrip(".") in values
+    }
+    for member, dead in _dead(own, own.split(own.alive())):
+        if member.name in left:
+            member.seen(left[member.name]).masked_fill_(dead, False)
+    return {name: float(x.double().mean()) for name, x in left.items() if bool(x.any())}
+
+
+def zero_weights(model: nn.Module, values: Mapping[str, Tensor]) -> list[GroupedLayer]:
+    """Make groups of single weights of every layer in which some are zero.
+
+    The bias of a filter that is zero is with it, and the shift of a norm whose scale is zero, if
+    they are zero, too.
+
+    Args:
+        model: any module.
+        values: whose weights are looked at, by canonical name.
+
+    >>> network = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    >>> _ = network[0].weight.data[0].zero_()
+    >>> [(x.name, x.count) for x in zero_weights(network, tensors_by_name(network))]
+    [('0', 4)]
+    """
+    layers, seen = [], set[int]()
+    for path, module in modules_by_name(model).items():
+        parameters = dict(module.named_parameters(recurse=False))
+        for name, parameter in parameters.items():
+            whole = f"{path}.{name}".lstrip(".")
+            value = values.get(whole, parameter)
+            vector = value.dim() == 1
+            if id(parameter) in seen or isinstance(module, _WITH_ZERO_ROWS):
+                continue
+            seen.add(id(parameter))
+            if bool((value != 0).all()) or (vector and (name != "weight" or len(value) < 2)):
+                continue
+            own = path if name == "weight" else whole
+            groups = {own: (value.numel(), [Member(whole, parameter, tuple(range(value.dim())))])}
+            across = int(getattr(module, "transposed", False))
+            dead = value.eq(0) if vector else value.eq(0).movedim(across, 0).flatten(1).all(1)
+            bias = parameters.get(named := name.replace("weight", "bias"))
+            if named != name and bias is not None and bias.shape == dead.shape:
+                shift = f"{path}.{named}".lstrip(".")
+                zero = values[shift].eq(0)
+                # A zero that is not with a zero filter or scale is trained.
+                inside = zero & dead if vector else ~zero | dead
+                index = torch.where(inside, torch.arange(len(dead), device=dead.device), -1)
+                member = Member(shift, bias, (0,), index.to(bias.device))
+                if bool((zero & dead).any()):
+                    groups.setdefault(own if vector else shift, (len(dead), []))[1].append(member)
+            layers += [GroupedLayer(x, "element", n, tuple(m)) for x, (n, m) in groups.items()]
+    return layers
+
+
+def given_masks(model: nn.Module, groups: Groups, masks: str | Path, grouping: Grouping) -> Masks:
     """Return `masks_from_zeros` for "from_zeros", else those of the checkpoint at this path.
 
-    A layer that is zero as a whole is named in a warning.
+    A warning names layers that are zero as a whole, and zeros that are in no zero group.
 
     Raises:
         ValueError: no mask is found, or the model does not have the checkpoint's weights.
@@ -66,7 +188,21 @@ def given_masks(groups: Groups, masks: str | Path) -> Masks:
                 "zero in the model: other weights would be trained under this mask. Load the "
                 "checkpoint's weights first (load_from_checkpoint, load_state_dict)"
             )
-    if whole := [name for name, mask in found.items() if not bool(mask.any())]:
+    plain = unsharded_copy(model) is model  # of sharded weights every process sees a part
+    zeros = _unexplained(model, groups, tensors_by_name(model)) if plain else {}
+    lost = {name: share for name, share in zeros.items() if share >= _MANY_ZEROS}
+    if lost:
+        listed = ", ".join(f"{name} ({share:.0%})" for name, share in lost.items())
+        saved = [] if masks == "from_zeros" else saved_groupings(_read(masks))
+        by = "".join(f" The checkpoint was pruned with {said_of(one)}." for one in saved)
+        warnings.warn(
+            f"masks: zero weights of {listed} are in no zero group of "
+            f"grouping={grouping_name(grouping)!r} and will be trained.{by} Without grouping= "
+            "every zero is kept",
+            stacklevel=2,
+        )
+    matrices = {x.name for x in groups.layers if x.largest_member.parameter.dim() > 1}
+    if whole := [name for name, mask in found.items() if name in matrices and not bool(mask.any())]:
         warnings.warn(
             f"{', '.join(whole)}: zero as a whole, and kept so. If these layers are new and start "
             f"at zero (a head, LoRA's B), leave them out with exclude={whole}: they would never "
@@ -169,17 +305,24 @@ def masks_from_checkpoint(groups: Groups, path: str | Path) -> Masks:
     Raises:
         ValueError: no such file, not a checkpoint, of another model, or without a zero group.
     """
+    return masks_from_zeros(groups, _weights(_read(path), path))
+
+
+def _read(path: str | Path) -> Any:
     try:
-        content = read_checkpoint(path)
+        return read_checkpoint(path)
     except ValueError as error:
         raise ValueError(f"masks: {str(path)!r} cannot be read: {error}") from error
+
+
+def _weights(content: Any, path: str | Path) -> dict[str, Tensor]:
     state_dict = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state_dict, dict):
         raise ValueError(
             f"masks: {str(path)!r} holds {type(content).__name__}, no state_dict; take a Lightning "
             "checkpoint, or a file of torch.save(model.state_dict(), ..)"
         )
-    return masks_from_zeros(groups, state_dict)
+    return state_dict
 
 
 def _groups_of(groups: Groups, state_dict: Mapping[str, Tensor]) -> Groups:

@@ -12,7 +12,7 @@ from typing_extensions import Unpack
 from lightning_wgsef.groupings.budget import DEFAULT_K, Budget
 from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import check_arguments, group_parameters
-from lightning_wgsef.groupings.registry import Grouping
+from lightning_wgsef.groupings.registry import DEFAULT_GROUPING, Grouping
 from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
@@ -47,7 +47,9 @@ class PruningOptions(TypedDict, total=False):
             At a given or latest step the weights are projected onto the budget.
         masks: "from_zeros": keep the zero groups that the model already has, from the first step;
             a path: those of a checkpoint; None: find them. There is nothing to find then: k, lam,
-            debias, metric, half_space and freeze are refused beside masks.
+            debias, metric, half_space and freeze are refused beside masks. Where no grouping is
+            named beside it, it is the one that the checkpoint says; where none does, "channel" if
+            that explains every zero, else single weights: all that are zero stay zero.
     """
 
     scope: Literal["layer", "global"]
@@ -93,6 +95,7 @@ class Settings:
     Attributes:
         options: every option, as it was given or by default.
         grouping: the arguments of `group_parameters`.
+        is_named: was a grouping named? "channel" otherwise.
         schedule: what lam stands for.
         ramp: of the budget; None where it is the same from the start.
         debias: what debias stands for.
@@ -115,7 +118,7 @@ class Settings:
         self,
         k: Budget | CubicRamp = DEFAULT_K,
         lam: float | Schedule | None = None,
-        grouping: Grouping = "channel",
+        grouping: Grouping | None = None,
         **given: Unpack[PruningOptions],
     ) -> None:
         for name in given.keys() - DEFAULTS.keys():
@@ -127,6 +130,8 @@ class Settings:
         options = self.options
         self.ramp = k if isinstance(k, CubicRamp) else None
         self.grouping: dict[str, Any] = {name: options[name] for name in _OF_GROUPS}  # type: ignore[literal-required]
+        self.is_named = grouping is not None
+        grouping = DEFAULT_GROUPING if grouping is None else grouping
         self.grouping |= {"grouping": grouping, "k": k.k if isinstance(k, CubicRamp) else k}
         check_arguments(**self.grouping)
         if options["masks"] is not None:

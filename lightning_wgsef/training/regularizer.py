@@ -21,7 +21,7 @@ from lightning_wgsef.network.sharding import is_sharded
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import pruner_states
 from lightning_wgsef.training.logged_metrics import logged_metrics
-from lightning_wgsef.training.masks import Masks, given_masks, within_masks
+from lightning_wgsef.training.masks import Masks, given_masks, pruned_grouping, within_masks
 from lightning_wgsef.training.optimizer_hooks import (
     StepHooks,
     WholeSteps,
@@ -34,6 +34,7 @@ from lightning_wgsef.training.optimizer_hooks import (
 from lightning_wgsef.training.options import PruningOptions, Settings
 from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.pruner import Pruner
+from lightning_wgsef.training.saved_grouping import check_same_grouping, grouping_state
 from lightning_wgsef.training.schedules import CubicRamp, Schedule
 from lightning_wgsef.training.scope import value_and_gap
 
@@ -53,7 +54,8 @@ class WGSEF:
             `Homotopy` starts (step size learning rate times lam); None, chosen by the length of
             training; or a schedule. All but `Constant` and `Warmup` arrive at the budget by
             themselves, without a jump.
-        grouping: what a group is, see `group_parameters`.
+        grouping: what a group is, see `group_parameters`; None: "channel", or with ``masks`` what
+            was pruned.
         total_steps: how many steps training lasts; needed where a schedule or ``freeze`` is a
             share of training.
         options: see `PruningOptions`.
@@ -86,7 +88,7 @@ class WGSEF:
         model: nn.Module,
         k: Budget | CubicRamp = 0.5,
         lam: float | Schedule | None = None,
-        grouping: Grouping = "channel",
+        grouping: Grouping | None = None,
         *,
         total_steps: int | None = None,
         **options: Unpack[PruningOptions],
@@ -100,11 +102,15 @@ class WGSEF:
             raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
         self.total_steps: int | None = total_steps
         self.model = model
-        self.groups = group_parameters(model, **settings.grouping)
         self.pruners: list[Pruner] = []
         self._given_masks: Masks | None = None
-        if (masks := settings.options["masks"]) is not None:
-            self._given_masks = given_masks(self.groups, masks)
+        self.grouping, self.k = settings.grouping["grouping"], k
+        masks = settings.options["masks"]
+        if masks is not None and not settings.is_named:
+            self.grouping = pruned_grouping(model, masks, settings.grouping)
+        self.groups = group_parameters(model, **{**settings.grouping, "grouping": self.grouping})
+        if masks is not None:
+            self._given_masks = given_masks(model, self.groups, masks, self.grouping)
             self.groups = within_masks(self.groups, self._given_masks)
         self._steps = WholeSteps(self.before_step, self.step)
         self._hooks: list[StepHooks] = []
@@ -259,7 +265,10 @@ class WGSEF:
 
     def state_dict(self) -> dict[str, Any]:
         """Return counters and masks, in plain types (loads under ``weights_only=True``)."""
-        return {"attachments": [pruner.state_dict() for pruner in self.pruners]}
+        return {
+            "attachments": [pruner.state_dict() for pruner in self.pruners],
+            "grouping": grouping_state(self.groups, self.grouping, self.k),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state_dict`, after the optimizers were attached.
@@ -285,6 +294,8 @@ class WGSEF:
             )
             pruner.load_state_dict(saved)
             restored.append(pruner)
+        if "grouping" in state:
+            check_same_grouping(state["grouping"], self.state_dict()["grouping"])
         known = {name for saved in state["attachments"] for name in saved["layers"]}
         fresh = [p for p in self.pruners if known.isdisjoint(x.name for x in p.groups.layers)]
         self.pruners = restored + fresh

@@ -130,6 +130,11 @@ def test_every_place_of_the_state_is_checked(run: str) -> None:
     harmless |= {"('attachments',): empty list", f"{part}collapse_reported'): True"}
     given = at(state, ("attachments", 0))
     harmless |= {f"{part}{name}'): None" for name in ("weights", "costs") if given[name] is None}
+    # Files of earlier versions say nothing of the grouping; what is None stays None.
+    layers = [f"('grouping', 'layers', '{name}'" for name in ("net.2", "net.3")]
+    harmless |= {"(): without grouping", "('grouping', 'grouping'): text"}
+    members = [f"{x}, 'members', 0" for x in layers]
+    harmless |= {f"{x}, '{name}'): None" for x in members for name in ("index", "shape")}
     assert set(accepted) == harmless
     assert len(messages) > 300
     # Of a global competition a part without some layers is refused where it is built.
