@@ -126,11 +126,11 @@ class WGSEFCallback(Callback):
         slim_to: where the network without its zero groups is written when the fit ends with a
             frozen mask, as a file of `save_slim` (.safetensors), with a report as JSON beside it;
             its folder is made. Needs an example input.
-        update_bn: number of training batches whose inputs are remembered, to estimate the running
-            statistics of BatchNorm anew before every validation until the mask is frozen, and with
-            the freeze; 0: not done. They lag behind weights that shrink fast, most in short runs;
-            10 batches are enough. Weights and what is trained are the same with and without it;
-            after a resume it begins with no batches.
+        update_bn: number of training batches whose inputs are remembered while groups disappear, as
+            far as 256 MiB hold them. BatchNorm's running statistics lag behind weights that shrink
+            fast; they are estimated anew from these for every validation until the mask has been
+            frozen for as many batches. What is trained, and so what checkpoints keep, is the same
+            with and without it. 0: not done.
         dashboard: show more in TensorBoard: charts of all layers together, histograms of norms and
             pictures of which groups live (a few times a run), the report, and hparams.
         name: put into the logged names, and into the key of the saved state; needed for each of
@@ -168,7 +168,7 @@ class WGSEFCallback(Callback):
         freeze: Literal["converged"] | int | float | None = "converged",
         masks: str | Path | None = None,
         slim_to: str | Path | None = None,
-        update_bn: int = 0,
+        update_bn: int = 10,
         dashboard: bool = False,
         name: str | None = None,
     ) -> None:
@@ -187,6 +187,7 @@ class WGSEFCallback(Callback):
         self._summary: PruningSummary | None = None
         self._held_back: list[Any] = []
         self._statistics: BatchNormUpdate | None = None
+        self._batches_frozen = 0
         self._is_set_up = False
         self._saving: RemovableHandle | None = None
         self._said_lost = False
@@ -316,6 +317,7 @@ class WGSEFCallback(Callback):
         write_layout(trainer, self)
         if self.update_bn and not self.regularizer.frozen:
             self._statistics = BatchNormUpdate(pl_module, self.update_bn)
+            self._batches_frozen = 0
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -348,8 +350,8 @@ class WGSEFCallback(Callback):
         assert self._summary is not None
         if self._statistics is not None:
             self._statistics.pause()
-            if self.regularizer.frozen:
-                self._update_bn(trainer, pl_module)
+            self._batches_frozen += self.regularizer.frozen
+            if self._batches_frozen > self.update_bn:
                 self._forget_batches()
         if self.regularizer.frozen and not self._averages_masked:
             self._averages_masked = True  # an average of zeros stays zero
@@ -396,7 +398,12 @@ class WGSEFCallback(Callback):
             )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Offer what was measured to checkpoints that wait for the freeze."""
+        """Offer what was measured to checkpoints that wait for the freeze.
+
+        Training goes on with the statistics as they were: a resumed run has no batches to look at.
+        """
+        if self._statistics is not None:
+            self._statistics.restore()
         if self._saving is not None:  # within a fit
             self._offer_metrics(trainer)
 
@@ -434,6 +441,8 @@ class WGSEFCallback(Callback):
         self.regularizer.check_finite()
         self._keep_masks("at the end of training")
         self.regularizer.detach()
+        if self.regularizer.frozen:
+            self._update_bn(trainer, pl_module)  # no batch will follow with which they catch up
         self._forget_batches()
         if self._summary is not None and not trainer.interrupted:
             example = self._example_input(trainer, pl_module)
@@ -514,9 +523,19 @@ class WGSEFCallback(Callback):
             self._statistics = None
 
     def _update_bn(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._statistics is not None:
+        if self._statistics is None:
+            return
+        try:
             with silent(pl_module), trainer.precision_plugin.forward_context():
                 self._statistics.update()
+        except Exception as error:  # whatever the network does when it is called once more
+            self._forget_batches()
+            warnings.warn(
+                f"update_bn={self.update_bn}: BatchNorm's running statistics stay as they were "
+                f"trained, for the network could not be called once more with what the training "
+                f"step gave it ({type(error).__name__}: {error}). update_bn=0 silences this",
+                stacklevel=2,
+            )
 
     def _stop_watching(self) -> None:
         if self._saving is not None:
@@ -526,6 +545,8 @@ class WGSEFCallback(Callback):
     def _detach(self) -> None:
         self._stop_watching()
         release_hparams(self._held_back)
+        if self._statistics is not None:
+            self._statistics.restore()
         self._forget_batches()
         if self.regularizer is not None:
             self.regularizer.detach()

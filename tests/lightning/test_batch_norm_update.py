@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_wgsef import WGSEFCallback
+from lightning_wgsef.lightning import batch_norm_update
 from lightning_wgsef.lightning.batch_norm_update import BatchNormUpdate
 from tests.helpers.groups import raises_naming
 from tests.helpers.trainers import NAMESPACES, make_module, make_trainer, namespace
@@ -44,7 +45,9 @@ def statistics(module: Any) -> list[Tensor]:
     return [x.clone().double() for norm in norms for x in (norm.running_mean, norm.running_var)]
 
 
-def validated(name: str, update_bn: int, **arguments: Any) -> tuple[Any, list[Any], Any]:
+def validated(
+    name: str, update_bn: int, freeze: Any = "converged", **arguments: Any
+) -> tuple[Any, list[Any], Any]:
     """Train for two epochs: statistics and expected ones at every validation."""
     kind, seen = type(make_module(name)), []
 
@@ -63,7 +66,7 @@ def validated(name: str, update_bn: int, **arguments: Any) -> tuple[Any, list[An
 
     namespace(name).seed_everything(0, verbose=False)
     module = Validated()
-    callback = WGSEFCallback(0.5, grouping="channel", update_bn=update_bn)
+    callback = WGSEFCallback(0.5, grouping="channel", freeze=freeze, update_bn=update_bn)
     trainer = make_trainer([callback], name, **{"max_epochs": 4, **arguments})
     trainer.fit(module, images(), images(32))
     return module, seen, callback
@@ -74,11 +77,12 @@ def close(one: list[Tensor], other: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMESPACES)
-def test_statistics_are_those_of_the_last_batches(name: str) -> None:
+def test_validation_sees_the_statistics_of_the_last_batches(name: str) -> None:
     _, seen, _ = validated(name, 2)
     assert [frozen for *_, frozen in seen] == [False, True, True, True]
     assert close(seen[0][0], seen[0][1])
-    assert not close(seen[2][0], seen[2][1])  # after the freeze they are the usual ones
+    assert close(seen[1][0], seen[1][1])  # right after the freeze
+    assert not close(seen[2][0], seen[2][1])  # then they are the usual ones
     assert not any(mode for _, _, modes, _ in seen for mode in modes)
     _, plain, _ = validated(name, 0)
     assert not close(plain[0][0], plain[0][1])
@@ -87,12 +91,102 @@ def test_statistics_are_those_of_the_last_batches(name: str) -> None:
 def test_training_is_the_same_and_the_logger_sees_no_more() -> None:
     one, _, callback = validated(NAMESPACES[0], 3)
     other, _, _ = validated(NAMESPACES[0], 0)
-    for mine, same in zip(one.parameters(), other.parameters(), strict=True):
+    for mine, same in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
         assert torch.equal(mine, same)
     assert callback._statistics is None
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in one.modules())
     assert one.bn1.momentum == 0.1
     assert int(one.bn1.num_batches_tracked) == int(other.bn1.num_batches_tracked)
+
+
+@pytest.mark.parametrize(("freeze", "estimated"), [(1.0, True), (0.5, False)])
+def test_a_network_that_is_frozen_in_its_last_batches_leaves_with_the_estimate(
+    freeze: float, estimated: bool
+) -> None:
+    module, _, _ = validated(NAMESPACES[0], 2, max_epochs=2, freeze=freeze)
+    last = [pictures for pictures, _ in images()][-2:]
+    assert close(statistics(module), by_hand(module, last)) == estimated
+
+
+@pytest.mark.parametrize("fails", ["network", "validation"])
+def test_what_fails_leaves_the_statistics_as_they_were_trained(fails: str) -> None:
+    """A network that cannot be called once more costs a warning, not the training."""
+    found = []
+
+    class Fragile(type(make_module())):  # type: ignore[misc]
+        def forward(self, pictures: Tensor) -> Tensor:
+            if fails == "network" and self.bn2.training and not self.bn1.momentum:
+                raise LookupError("no more")
+            return super().forward(pictures)
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            found.append(statistics(self))
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if fails == "validation":
+                raise LookupError("no more")
+
+    module = Fragile()
+    trainer = make_trainer([WGSEFCallback(0.5)], max_epochs=1, num_sanity_val_steps=0)
+    if fails == "network":
+        with pytest.warns(UserWarning, match=r"update_bn=10: .*LookupError: no more"):
+            trainer.fit(module, images(192), images(32))
+    else:
+        with pytest.raises(LookupError):
+            trainer.fit(module, images(192), images(32))
+    for mine, trained in zip(statistics(module), found[-1], strict=True):
+        assert torch.equal(mine, trained)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in module.modules())
+
+
+class Small(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.linear(x)))
+
+
+@pytest.mark.parametrize("how", ["a copy", "in place"])
+def test_what_is_compiled_is_not_compiled_again(how: str) -> None:
+    compiled: list[Any] = []
+
+    def backend(graph: Any, _: Any) -> Any:
+        compiled.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    network = Small()
+    called = network
+    if how == "in place":
+        network.compile(backend=backend, fullgraph=True)
+    else:
+        called = torch.compile(network, backend=backend, fullgraph=True)
+    model, inputs = nn.ModuleDict({"called": called}), torch.randn(32, 4)
+    called(inputs)
+    estimate = BatchNormUpdate(model, 1)
+    estimate.start()
+    called(inputs)
+    estimate.update()
+    called(inputs)
+    assert len(compiled) == 1
+    seen = torch.allclose(network.norm.running_mean, network.linear(inputs).mean(0), atol=1e-6)
+    assert seen == (how == "a copy")  # the inputs of the other are not seen from outside
+
+
+def test_memory_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last batch stays, however large."""
+    monkeypatch.setattr(batch_norm_update, "MOST_BYTES", 16 * 4 * 4)
+    network = Apart()
+    for size, kept in ((8, [8]), (8, [8, 8]), (4, [8, 8, 4]), (40, [8, 4, 40]), (8, [40, 8])):
+        if size == 8 and kept == [8]:
+            estimate = BatchNormUpdate(network, 10)
+        estimate.start()
+        network.step(torch.randn(size, 4))
+        assert [len(args[0]) for ((_, args, _),) in estimate._batches] == kept
+    estimate.remove()
+    assert BatchNormUpdate(nn.Linear(2, 2), 10)._hooks == []
 
 
 class Apart(nn.Module):
