@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.slimming.files import load_slim
+from lightning_wgsef.training.saved_grouping import saved_groupings
 from lightning_wgsef.utils.files import read_checkpoint
 
 # How many names a message lists.
@@ -52,6 +53,13 @@ def load_model(path: str, make: str, init: Mapping[str, Any]) -> nn.Module:
     model = _made(maker, make, {**_hyper_parameters(maker, content), **init})
     _fill(model, state, f"{path} is not of {make} with these arguments (--init sets them)")
     return model.eval()
+
+
+def load_groupings(path: str) -> list[Mapping[str, Any]]:
+    """Return what a checkpoint says of how it was pruned, of every callback; [] if it does not."""
+    if Path(path).suffix == ".safetensors":
+        return []
+    return list(saved_groupings(read_checkpoint(path)))
 
 
 def load_masks(path: str) -> dict[str, Tensor]:

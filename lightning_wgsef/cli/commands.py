@@ -19,16 +19,17 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lightning_wgsef.cli.checkpoints import example_input as example_of
-from lightning_wgsef.cli.checkpoints import load_masks, load_model
+from lightning_wgsef.cli.checkpoints import load_groupings, load_masks, load_model
 from lightning_wgsef.export.runtimes import export_onnx, export_program
 from lightning_wgsef.export.sparse_storage import to_sparse
 from lightning_wgsef.groupings.group_parameters import group_parameters
-from lightning_wgsef.groupings.registry import check_grouping
+from lightning_wgsef.groupings.registry import DEFAULT_GROUPING, check_grouping
 from lightning_wgsef.network.latency import measure_latency
 from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.slimming import slim as slimming
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
+from lightning_wgsef.training.saved_grouping import said_of, saved_grouping
 from lightning_wgsef.utils.files import atomic_write
 
 _NAME = "lightning-wgsef"
@@ -91,22 +92,32 @@ def report(
     model: str,
     init: dict[str, Any],
     example_input: str | None,
-    grouping: str,
+    grouping: str | None,
     json: str | None,
 ) -> str:
-    """Show how sparse a network is, layer by layer."""
+    """Show how sparse a network is, layer by layer, and what is left without its zeros."""
+    lines, smaller = [], None
     with _step("reading"):
         network = load_model(checkpoint, model, init)
         example = example_of(network, example_input, required=False)
+        saved = [] if grouping is not None else load_groupings(checkpoint)
+    lines += [f"pruned with {said_of(one)}" for one in saved]
+    if example is not None:
+        with _step("making smaller"):
+            try:
+                smaller = slimming.slim(network, example)
+            except ValueError as error:
+                lines.append(f"not made smaller: {error}")
     with _step("counting"):
-        groups = group_parameters(network, grouping, example_input=example)
-        found = sparsity_report(network, groups, example)
+        named = saved_grouping(saved) if saved else grouping or DEFAULT_GROUPING
+        groups = group_parameters(network, named, example_input=example)
+        found = sparsity_report(network, groups, example, slim=smaller)
     # A checkpoint does not say which budgets its network was trained to.
     found = replace(found, layers=tuple(replace(x, budget=None) for x in found.layers))
     if json is not None:
         with atomic_write(json) as temporary:
             temporary.write_text(dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
-    return str(found)
+    return "\n".join([*lines, str(found)])
 
 
 def slim(
@@ -241,10 +252,12 @@ def _parser() -> ArgumentParser:
         commands.add_subcommand(name, own, help=what.rstrip("."))
         return own
 
-    own = command(
-        "report", "last.ckpt --model my_package.Net --grouping channel --json report.json"
+    own = command("report", "last.ckpt --model my_package.Net --json report.json")
+    own.add_argument(
+        "--grouping",
+        type=_GROUPING,
+        help="which are counted; if not given, those that the checkpoint was pruned by, or channel",
     )
-    own.add_argument("--grouping", type=_GROUPING, default="channel", help="which are counted")
     own.add_argument("--json", metavar="FILE", help="write the numbers to this file")
 
     own = command("slim", "last.ckpt --model my_package.Net --output small.safetensors")

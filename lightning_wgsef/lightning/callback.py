@@ -446,7 +446,8 @@ class WGSEFCallback(Callback):
         self._forget_batches()
         if self._summary is not None and not trainer.interrupted:
             example = self._example_input(trainer, pl_module)
-            self._summary.end(trainer, pl_module, example)
+            slims = self.slim_to is None and self.regularizer.frozen
+            self._summary.end(trainer, pl_module, example, slims=slims)
             write_hparams(trainer, self)
         if not self._kept_its_promise():
             alive = {name: int(mask.sum()) for name, mask in self.regularizer.masks.items()}

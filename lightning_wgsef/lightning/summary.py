@@ -12,6 +12,7 @@ from lightning_wgsef.lightning.private import logged_step
 from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.reports.sparsity import sparsity_report
+from lightning_wgsef.slimming.slim import slim
 from lightning_wgsef.training.freezing import forecast, warn_of_late_freeze
 from lightning_wgsef.training.regularizer import WGSEF
 from lightning_wgsef.training.schedules import warn_of_short_way
@@ -96,8 +97,10 @@ class PruningSummary:
             for dashboard in self.dashboards:
                 dashboard.log(norms, self._budget(), logged_step(trainer))
 
-    def end(self, trainer: Trainer, model: nn.Module, example_input: Any) -> None:
+    def end(self, trainer: Trainer, model: nn.Module, example_input: Any, *, slims: bool) -> None:
         """Show the report, with operations where there is an example input that runs.
+
+        With ``slims``, the network without its zeros is counted beside, where anything can go.
 
         Every process has to call it where weights are sharded.
         """
@@ -107,8 +110,14 @@ class PruningSummary:
         whole, norms = unsharded_copy(model), groups.norms()
         if not self.talks and not self.dashboards:
             return
+        small = None
+        if slims and example_input is not None and any(x.removable for x in groups.layers):
+            try:
+                small = slim(whole, example_input)
+            except Exception:  # the table is worth having without it; slim_to says what is wrong
+                small = None
         try:
-            report = sparsity_report(whole, groups, example_input)
+            report = sparsity_report(whole, groups, example_input, slim=small)
         except ValueError:  # training needed no example, and is over
             report = sparsity_report(whole, groups)
         if self.talks:

@@ -240,6 +240,18 @@ def tensors(value: Any) -> list[Tensor]:
     return [x for part in value for x in tensors(part)] if isinstance(value, (list, tuple)) else []
 
 
+def batch_size(example_input: Any) -> int:
+    """Return the number of samples of an example: the length of its first tensor; 1 without one.
+
+    >>> batch_size((torch.ones(5, 3), "x")), batch_size({"mode": "sum"})
+    (5, 1)
+    """
+    inputs = mapped(lambda value: value, example_input)
+    given = inputs.values() if isinstance(inputs, dict) else inputs
+    first = next((value for value in given if isinstance(value, Tensor)), None)
+    return max(1, len(first)) if first is not None and first.dim() else 1
+
+
 def with_batch_size(example_input: Any, size: int) -> tuple[Any, ...] | dict[str, Any]:
     """The arguments of ``forward`` with the batch repeated and cut to ``size`` samples.
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.example_input import batch_size
 from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name, weighted_layers
 from lightning_wgsef.utils.tables import format_table
@@ -25,7 +26,8 @@ class LayerReport:
         budget: K, in units of cost; None if the layer is not grouped.
         parameters: number of weights.
         parameters_alive: how many of them are not exactly zero.
-        flops: multiply and add operations of the dense layer; None without an example input.
+        flops: multiply and add operations of the dense layer for one sample; None without an
+            example input.
         flops_alive: those left when rows and columns of the weight that are zero are skipped.
         note: why the layer is not grouped.
     """
@@ -43,11 +45,21 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """A model's layers, and all of its parameters (norms included)."""
+    """A model's layers, and all of its parameters (norms included).
+
+    Attributes:
+        layers: its convolutions, dense layers and what else is grouped.
+        parameters: number of its weights.
+        parameters_alive: how many of them are not exactly zero.
+        parameters_slim: those of the network that `slim` makes of it; None: it was not given.
+        flops_slim: of that network, those of its convolutions and dense layers, for one sample.
+    """
 
     layers: tuple[LayerReport, ...]
     parameters: int
     parameters_alive: int
+    parameters_slim: int | None = None
+    flops_slim: int | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -66,23 +78,34 @@ class SparsityReport:
         total = f"{sum(flops_alive):,} / {sum(flops):,}" if flops else "-"
         parameters = f"{self.parameters_alive:,} / {self.parameters:,}"
         rows.append(["all", "", "", parameters, total])
+        if self.parameters_slim is not None:
+            left = f"{self.parameters_slim:,} / {self.parameters:,}"
+            total = f"{self.flops_slim:,} / {sum(flops):,}" if flops else "-"
+            rows.append(["after slim", "", "", left, total])
         notes = [f"{layer.name}: {layer.note}" for layer in self.layers if layer.note]
         return "\n".join([format_table(header, rows), *notes])
 
 
 def sparsity_report(
-    model: nn.Module, groups: Groups, example_input: Any | None = None
+    model: nn.Module,
+    groups: Groups,
+    example_input: Any | None = None,
+    *,
+    slim: nn.Module | None = None,
 ) -> SparsityReport:
     """Count what is left of a model.
 
-    FLOPs are torch's own count (two a multiply-add) of one forward pass, a layer at a time: those
-    alive are what is left when the zero rows (filters) and zero columns (channels) of this layer's
-    weight are skipped. Removing a channel's producer as well saves more than that.
+    FLOPs are torch's own count (two a multiply-add) of one forward pass and one sample, a layer at
+    a time: those alive are what is left when the zero rows (filters) and zero columns (channels) of
+    this layer's weight are skipped. Removing a channel's producer as well saves more than that: the
+    network that `slim` makes shows how much.
 
     Args:
         model: the model.
         groups: its groups, as `group_parameters` makes them or as a regularizer's ``groups``.
-        example_input: a tensor, or a tuple of the arguments of ``forward``, for the FLOPs.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them, for the
+            FLOPs; the first axis of its first tensor counts samples.
+        slim: what `slim` made of the model, to be counted beside it.
 
     >>> from lightning_wgsef.groupings.group_parameters import group_parameters
     >>> network = nn.Sequential(nn.Linear(4, 6), nn.Linear(6, 2))
@@ -95,7 +118,7 @@ def sparsity_report(
     all                                   38 / 44      60 / 72
     0: first layer: its channels are the network's input
     """
-    flops = {} if example_input is None else layer_flops(model, example_input)[0]
+    flops = {} if example_input is None else _sample_flops(model, example_input)
     grouped = {layer.name: layer for layer in groups.layers}
     alive = groups.split(groups.alive())
     parameters = list(model.parameters())
@@ -119,7 +142,20 @@ def sparsity_report(
                 note=groups.left_out.get(name, ""),
             )
         )
-    return SparsityReport(tuple(rows), sum(p.numel() for p in parameters), _nonzero(parameters))
+    return SparsityReport(
+        tuple(rows),
+        sum(p.numel() for p in parameters),
+        _nonzero(parameters),
+        None if slim is None else sum(p.numel() for p in slim.parameters()),
+        None
+        if slim is None or example_input is None
+        else sum(_sample_flops(slim, example_input).values()),
+    )
+
+
+def _sample_flops(model: nn.Module, example_input: Any) -> dict[str, int]:
+    samples = batch_size(example_input)
+    return {name: count // samples for name, count in layer_flops(model, example_input)[0].items()}
 
 
 def _nonzero(parameters: list[nn.Parameter]) -> int:

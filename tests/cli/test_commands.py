@@ -106,15 +106,37 @@ def test_report_of_a_checkpoint(folder, capsys):
     report = json.loads((folder / "report.json").read_text())
     rows = {row["name"]: row for row in report["layers"]}
     alive = {name: (row["groups_alive"], row["groups"]) for name, row in rows.items()}
-    assert alive == {"conv1": (0, 0), "conv2": (2, 6), "hidden": (8, 32), "head": (32, 32)}
+    assert alive == {"conv1": (0, 0), "conv2": (2, 6), "hidden": (8, 32), "head": (0, 0)}
     weights = trained(folder).named_parameters()
     nonzero = {name: int(torch.count_nonzero(value)) for name, value in weights}
     assert report["parameters_alive"] == sum(nonzero.values()) < report["parameters"]
     assert rows["conv2"]["parameters_alive"] == nonzero["conv2.weight"] + nonzero["conv2.bias"]
-    # Two images, 2 x 2 positions, 9 places of the kernel, a multiplication and an addition.
-    assert rows["conv2"]["flops_alive"] == 2 * 4 * 9 * 2 * (2 * 32)
+    # 2 x 2 positions, 9 places of the kernel, a multiplication and an addition.
+    assert rows["conv2"]["flops_alive"] == 4 * 9 * 2 * (2 * 32)
+    small = slim(trained(folder), Images(width=6).example_input_array)
+    assert report["parameters_slim"] == sum(p.numel() for p in small.parameters())
+    assert report["parameters_slim"] < report["parameters_alive"]
+    assert text.startswith("pruned with grouping='channel', k={'conv2': 2, 'hidden': 8}\n")
     assert all(row["budget"] is None for row in rows.values())
     assert re.search(r"^hidden +8 / 32 +- ", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("grouping", ["structure", "filter", "element"])
+def test_report_counts_what_the_checkpoint_was_pruned_by(grouping, folder, capsys):
+    torch.manual_seed(0)
+    images = Images(width=6, rate=0.05)
+    callback = WGSEFCallback(k=0.5, grouping=grouping)
+    trainer = make_trainer([callback])
+    trainer.fit(images, DataLoader(torch.randn(80, 1, 6, 6), batch_size=8))
+    trainer.save_checkpoint("own.ckpt")
+    text = run(capsys, "report", "own.ckpt", *IMAGES)
+    assert f"grouping='{grouping}', k=0.5" in text
+    masks = callback.regularizer.masks
+    assert len(masks) >= 3
+    for name, mask in masks.items():
+        assert re.search(rf"^{name} +{mask.sum()} / {len(mask)} ", text, re.MULTILINE)
+    assert "not made smaller" not in text
+    assert re.search("^after slim +[0-9,]+ / ", text, re.MULTILINE)
 
 
 def test_report_counts_the_groups_of_a_grouping(folder, capsys):

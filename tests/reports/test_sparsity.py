@@ -8,7 +8,14 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters, sparsity_report
+from lightning_wgsef import (
+    GroupedLayer,
+    Groups,
+    Member,
+    group_parameters,
+    slim,
+    sparsity_report,
+)
 from lightning_wgsef.reports.sparsity import LayerReport, SparsityReport
 from lightning_wgsef.utils.tables import format_table
 from tests.helpers.groups import ones, raises_naming, rows
@@ -49,13 +56,13 @@ def test_a_hand_count(model):
     report = sparsity_report(model, group_parameters(model, "channel", 0.5), IMAGES)
     conv1, conv2, fc = report.layers
     first = "first layer: its channels are the network's input"
-    multiply_adds = 5 * 36 * 6 * 2 * 9
+    multiply_adds = 36 * 6 * 2 * 9
     assert conv1 == LayerReport(
         "conv1", 0, 0, None, 108 + 6, 114, 2 * multiply_adds, 2 * multiply_adds, first
     )
-    dense, alive = 5 * 16 * 4 * 6 * 9, 5 * 16 * 3 * 4 * 9
+    dense, alive = 16 * 4 * 6 * 9, 16 * 3 * 4 * 9
     assert conv2 == LayerReport("conv2", 6, 4, 3.0, 216, 108, 2 * dense, 2 * alive, "")
-    dense, alive = 5 * 3 * 4, 5 * 3 * 3
+    dense, alive = 3 * 4, 3 * 3
     assert fc == LayerReport("fc", 4, 3, 2.0, 12 + 3, 9 + 3, 2 * dense, 2 * alive, "")
     assert report.parameters == 114 + 12 + 216 + 15
     assert report.parameters_alive == 114 + 12 + 108 + 12
@@ -247,7 +254,9 @@ def test_the_forward_pass_is_in_evaluation_mode():
 def test_as_dict_is_ready_for_json(model):
     report = sparsity_report(model, group_parameters(model), IMAGES)
     data = json.loads(json.dumps(report.as_dict()))
-    assert data.keys() == {"layers", "parameters", "parameters_alive"}
+    names = {"parameters", "parameters_alive", "parameters_slim", "flops_slim"}
+    assert data.keys() == {"layers", *names}
+    assert data["parameters_slim"] is data["flops_slim"] is None
     assert data["parameters_alive"] == 246
     assert [layer["name"] for layer in data["layers"]] == ["conv1", "conv2", "fc"]
     layers = tuple(LayerReport(**layer) for layer in data["layers"])
@@ -265,12 +274,28 @@ def test_the_table(model):
     report = sparsity_report(model, group_parameters(model, "channel", 0.5), IMAGES)
     assert str(report).splitlines() == [
         "layer  groups alive  budget  parameters alive      FLOPs alive",
-        "conv1             -       -         114 / 114  38,880 / 38,880",
-        "conv2         4 / 6       3         108 / 216  17,280 / 34,560",
-        "fc            3 / 4       2           12 / 15         90 / 120",
-        "all                                 246 / 357  56,250 / 73,560",
+        "conv1             -       -         114 / 114    7,776 / 7,776",
+        "conv2         4 / 6       3         108 / 216    3,456 / 6,912",
+        "fc            3 / 4       2           12 / 15          18 / 24",
+        "all                                 246 / 357  11,250 / 14,712",
         "conv1: first layer: its channels are the network's input",
     ]
+
+
+def test_the_network_that_comes_out(model):
+    """Of conv1 channels 1 and 4 go, of conv2 filter 0 and the channel that fc does not read."""
+    groups = group_parameters(model, "channel", 0.5)
+    report = sparsity_report(model, groups, IMAGES, slim=slim(model.eval(), IMAGES))
+    left = (4 * 2 * 9 + 4, 2 * 4, 2 * 4 * 9, 2 * 3 + 3)  # conv1, its norm, conv2, fc
+    flops = (36 * 4 * 2 * 9, 16 * 2 * 4 * 9, 3 * 2)
+    assert (report.parameters_slim, report.flops_slim) == (sum(left), 2 * sum(flops))
+    last = str(report).splitlines()[-2].split()
+    words = ["after", "slim", f"{sum(left)}", "/", "357", f"{2 * sum(flops):,}", "/", "14,712"]
+    assert last == words
+    assert json.loads(json.dumps(report.as_dict()))["flops_slim"] == 2 * sum(flops)
+    without = sparsity_report(model, groups, slim=slim(model, IMAGES))
+    assert (without.parameters_slim, without.flops_slim) == (sum(left), None)
+    assert str(without).splitlines()[-2].split()[-1] == "-"
 
 
 def test_the_table_without_operations(model):
@@ -306,40 +331,40 @@ def flops(model, inputs, include="0"):
     return row.flops, row.flops_alive
 
 
-# Layer, input, and the multiply-adds by hand.
+# Layer, input of seven samples, and the multiply-adds of one by hand.
 COUNTED = {
-    "Linear": (lambda: nn.Linear(3, 4), (7, 3), 7 * 3 * 4),
-    "Linear, no bias": (lambda: nn.Linear(3, 4, bias=False), (7, 3), 7 * 3 * 4),
-    "Linear, sequence": (lambda: nn.Linear(3, 4), (7, 5, 3), 7 * 5 * 3 * 4),
-    "Conv1d": (lambda: nn.Conv1d(2, 4, 3), (7, 2, 10), 7 * 8 * 2 * 4 * 3),
-    "Conv2d": (lambda: nn.Conv2d(2, 4, 3), (7, 2, 10, 9), 7 * 8 * 7 * 2 * 4 * 9),
+    "Linear": (lambda: nn.Linear(3, 4), (7, 3), 3 * 4),
+    "Linear, no bias": (lambda: nn.Linear(3, 4, bias=False), (7, 3), 3 * 4),
+    "Linear, sequence": (lambda: nn.Linear(3, 4), (7, 5, 3), 5 * 3 * 4),
+    "Conv1d": (lambda: nn.Conv1d(2, 4, 3), (7, 2, 10), 8 * 2 * 4 * 3),
+    "Conv2d": (lambda: nn.Conv2d(2, 4, 3), (7, 2, 10, 9), 8 * 7 * 2 * 4 * 9),
     "Conv2d, stride": (
         lambda: nn.Conv2d(2, 4, 3, stride=2, padding=1),
         (7, 2, 10, 8),
-        7 * 5 * 4 * 2 * 4 * 9,
+        5 * 4 * 2 * 4 * 9,
     ),
     "Conv2d, dilation": (
         lambda: nn.Conv2d(2, 4, 3, dilation=2),
         (7, 2, 10, 10),
-        7 * 6 * 6 * 2 * 4 * 9,
+        6 * 6 * 2 * 4 * 9,
     ),
     "Conv2d, 2 parts": (
         lambda: nn.Conv2d(4, 6, 3, groups=2),
         (7, 4, 5, 5),
-        7 * 9 * 2 * (2 * 3) * 9,
+        9 * 2 * (2 * 3) * 9,
     ),
-    "Conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (7, 4, 5, 5), 7 * 9 * 4 * 9),
-    "Conv3d": (lambda: nn.Conv3d(2, 4, 2), (7, 2, 3, 4, 5), 7 * 2 * 3 * 4 * 2 * 4 * 8),
+    "Conv2d, depthwise": (lambda: nn.Conv2d(4, 4, 3, groups=4), (7, 4, 5, 5), 9 * 4 * 9),
+    "Conv3d": (lambda: nn.Conv3d(2, 4, 2), (7, 2, 3, 4, 5), 2 * 3 * 4 * 2 * 4 * 8),
     # A transposed convolution spreads every input pixel over a kernel.
     "ConvTranspose2d": (
         lambda: nn.ConvTranspose2d(2, 4, 3, stride=2),
         (7, 2, 5, 5),
-        7 * 25 * 2 * 4 * 9,
+        25 * 2 * 4 * 9,
     ),
     "ConvTranspose2d, 2 parts": (
         lambda: nn.ConvTranspose2d(4, 6, 3, groups=2),
         (7, 4, 5, 5),
-        7 * 25 * 2 * (2 * 3) * 9,
+        25 * 2 * (2 * 3) * 9,
     ),
 }
 
@@ -390,7 +415,7 @@ def test_operations_left_in_a_part_of_a_grouped_convolution():
     groups.scale_(torch.tensor([1.0, 0.0, 1.0, 1.0]))
     row = sparsity_report(model, groups, torch.ones(7, 4, 5, 5)).layers[0]
     assert (row.groups_alive, row.groups) == (3, 4)
-    dense = 2 * 7 * 9 * 2 * (2 * 3) * 9
+    dense = 2 * 9 * 2 * (2 * 3) * 9
     assert (row.flops_alive, row.flops) == (dense * 3 // 4, dense)
 
 
@@ -401,7 +426,7 @@ def test_operations_left_are_exact():
     model[0].weight.data[:, 41:] = 0
     batch = 10_000
     inputs = torch.ones(1, 120).expand(batch, 120)
-    assert flops(model, inputs) == (2 * batch * 120 * 84, 2 * batch * 41 * 37)
+    assert flops(model, inputs) == (2 * 120 * 84, 2 * 41 * 37)
 
 
 def test_a_layer_used_twice_counts_twice():
@@ -446,7 +471,7 @@ def test_several_arguments():
     with pytest.warns(UserWarning, match="others may, too: 'right'"):
         groups = group_parameters(model)
     report = rows(sparsity_report(model, groups, (torch.ones(2, 3), torch.ones(2, 5))))
-    assert (report["left"].flops, report["right"].flops) == (2 * 2 * 12, 2 * 2 * 20)
+    assert (report["left"].flops, report["right"].flops) == (2 * 12, 2 * 20)
 
 
 def test_a_module_of_the_root_s_name():
