@@ -91,10 +91,12 @@ def check_used(layers: Sequence[GroupedLayer], k: Budget) -> None:
 
 
 def layer_budget(layer: GroupedLayer, k: Budget) -> float:
-    """Return the budget of one layer, which admits at least one group.
+    """Return the budget of one layer, which admits at least one group, or those it must keep.
+
+    A share is rounded up to a number of groups that the layer runs with.
 
     Raises:
-        ValueError: more than the layer has, or less than its dearest group costs.
+        ValueError: more than the layer has, or less than it must keep or its dearest group costs.
     """
     if layer.m:
         return layer.budget  # the grouping's name says it
@@ -103,7 +105,13 @@ def layer_budget(layer: GroupedLayer, k: Budget) -> float:
     if layer.costs is not None:
         return _layer_budget_in_costs(layer, k, layer.costs.to(torch.float64))
     if not isinstance(k, Integral):
-        return max(1.0, math.floor(float(k) * layer.count + 0.5))
+        count = max(layer.least, math.floor(float(k) * layer.count + 0.5))
+        return float(min(layer.count, math.ceil(count / layer.multiple) * layer.multiple))
+    if k < layer.least:
+        raise ValueError(
+            f"k = {k} is less than layer '{layer.name}' ({layer.grouping}) must keep: every token "
+            f"is sent to {layer.least} of its {layer.count} experts"
+        )
     if k > layer.count:
         raise ValueError(
             f"k = {k} is more than the {layer.count} groups of layer '{layer.name}' "

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.groupings.experts import expert_units
 from lightning_wgsef.groupings.layout_proof import proved_layouts
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
@@ -85,9 +86,11 @@ def hidden_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     each other. Elsewhere the order of execution is unknown: layers are taken in order of
     definition, and the first must not be square, so that the two cannot read the same input. Blocks
     do not overlap: where they would, the first counts and the next is left out. Layers of attention
-    modules are no hidden layers. A fused gate, a first layer with twice as many outputs as the
-    second reads, and what the order of definition leaves open need an example input, on which the
-    units are proved: with the columns of half of them at zero, their rows may be anything.
+    modules are no hidden layers. Experts that share weights of three axes are a layer each, and
+    keep as many units each. A fused gate, a first layer with twice as many outputs as the
+    second reads, such weights of experts, and what the order of definition leaves open need an
+    example input, on which the units are proved: with the columns of half of them at zero, their
+    rows may be anything.
 
     A hidden unit of `nn.LSTM`, `nn.GRU`, `nn.RNN` or a cell is its rows of all gates with
     their biases, in all layers and directions at once, since these are of one width. A unit that is
@@ -137,9 +140,9 @@ def hidden_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     found.update({layer.name: layer for layer in recurrent})
     left_out.update(problems)
     order = [name for name in modules_by_name(model) if name in found]
-    return Groups(
-        [found[name] for name in order], {n: x for n, x in left_out.items() if n not in found}
-    )
+    inside, unknown = expert_units(model, example_input)
+    left_out = {n: x for n, x in left_out.items() if n not in found}
+    return Groups([found[name] for name in order] + inside, {**left_out, **unknown})
 
 
 _TRIED = "and on example_input it acts like no layer of hidden units"

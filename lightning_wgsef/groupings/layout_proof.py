@@ -18,6 +18,7 @@ from lightning_wgsef.network.example_input import (
     seeded,
     tensors,
 )
+from lightning_wgsef.network.experts import EveryExpert
 from lightning_wgsef.network.layers import canonical_name, modules_by_name
 
 
@@ -107,12 +108,11 @@ def _are_units(network: nn.Module, example_input: Any, layers: list[GroupedLayer
                 numbers = torch.arange(layer.count)
                 dead = numbers % 2 == 0 if bit is None else (numbers >> bit) % 2 == 1
                 for member in layer.members if redrawn else layer.members[-1:]:
-                    index = numbers if member.index is None else member.index.cpu()
-                    values, (axis,) = parameters[member.name], member.axes
-                    gone = (dead[index] & (index >= 0)).nonzero().flatten().to(values.device)
+                    values = parameters[member.name]
+                    gone = member.along(dead.to(values.device), False)
                     new = _drawn(member, second).to(values)
                     new = torch.zeros_like(values) if member is layer.members[-1] else new
-                    values.index_copy_(axis, gone, new.index_select(axis, gone))
+                    values.copy_(torch.where(gone, new, values))
             outputs.append(_outputs(network, example_input, readers))
         finite = all(bool(x.isfinite().any()) for x in outputs[0] if x.numel())
         if not finite or not relative_difference(outputs[1], outputs[0], 1.0) <= TOLERANCE:
@@ -128,9 +128,12 @@ def _outputs(network: nn.Module, example_input: Any, readers: list[str]) -> list
     def note(_: str, module: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         seen.extend(x.clone() for x in tensors(output))
 
-    with seeded(network), observed({name: modules[name] for name in readers}, after=note):
-        found = run_example(network, example_input)
-    return seen + tensors(found)
+    every = EveryExpert(network)
+    watched = observed({name: modules[name] for name in readers}, after=note)
+    with seeded(network), watched, every.watching():
+        found = tensors(run_example(network, example_input))
+        others = every.others(lambda: run_example(network, example_input))
+    return seen + found + [x for outputs in others.values() for x in outputs]
 
 
 def _drawn(member: Member, generator: torch.Generator) -> Tensor:

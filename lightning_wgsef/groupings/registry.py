@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from lightning_wgsef.groupings.experts import expert_groups
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
 from lightning_wgsef.groupings.patterns import matches
@@ -35,6 +36,7 @@ DEFAULT_GROUPING = "channel"
 GROUPINGS: dict[str, Maker] = {
     "channel": channel_groups,
     "element": element_groups,
+    "expert": expert_groups,
     "filter": filter_groups,
     "filter_shape": filter_shape_groups,
     "head": head_groups,
@@ -63,6 +65,8 @@ TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
 MISSING = {
     "head": "it has no nn.MultiheadAttention, and no attention with known names of layers: say "
     "them with lightning_wgsef.groupings.register_projections",
+    "expert": "it has no experts: weights of three axes of which the first is that of the experts, "
+    "or a list of modules of one kind beside a layer with an output for each",
     "hidden": "it has no module with two dense layers of which the second reads what the first "
     "makes, and no recurrent layer of torch",
 }

@@ -372,7 +372,7 @@ class _Trial:
     def _without(self, layers: list[GroupedLayer], dead: list[Tensor], *, widths: bool) -> str:
         zeroed, units = copy.deepcopy(self.network), []
         for layer, half in zip(layers, dead, strict=True):
-            _zero(zeroed, layer, half, readers=True)
+            _zero(zeroed, layer, half, readers=layer.grouping != "expert")
             mask = torch.zeros(layer.count, dtype=torch.bool)
             units.append((layer, mask.index_fill_(0, half, True)))
         return self._difference(zeroed, unit_removal(self.network, units, widths=widths))
@@ -397,7 +397,7 @@ class _Trial:
         return torch.randperm(layer.count, generator=self.generator)[: layer.count // 2]
 
     def _difference(self, zeroed: nn.Module, plan: RemovalPlan) -> str:
-        small = copy.deepcopy(self.network)
+        small = copy.deepcopy(zeroed)
         try:
             plan.apply(small)
             differs = differing_layer(zeroed, small, self.example_input, plan)

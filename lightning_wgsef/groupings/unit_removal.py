@@ -1,7 +1,8 @@
-"""Surgery plans for units: heads of attention and hidden units of an MLP, and what reads them."""
+"""Surgery plans for units: heads of attention, hidden units of an MLP, and whole experts."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -10,10 +11,15 @@ from torch import Tensor, nn
 from lightning_wgsef.groupings.head import HEADS, KEY_VALUE_HEADS
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.network.attention import AttentionBlock, attention_blocks
+from lightning_wgsef.network.experts import expert_modules
 from lightning_wgsef.network.layers import modules_by_name
 from lightning_wgsef.network.surgery import RemovalPlan
 
 _WIDTHS = ("all_head_size", "inner_dim", "split_size")
+
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "n_experts")
+
+_UNITS = ("intermediate_dim", "intermediate_size", "expert_dim", "ffn_dim", "moe_intermediate_size")
 
 _NORMS = ("num_features", "num_parameters")
 
@@ -25,7 +31,7 @@ _INPUTS = ("in_features", "in_channels", "nx")
 def unit_removal(
     model: nn.Module, units: Iterable[tuple[GroupedLayer, Tensor]], *, widths: bool = False
 ) -> RemovalPlan:
-    """Plan to take heads or hidden units out of a model.
+    """Plan to take heads, hidden units or experts out of a model.
 
     Args:
         model: the model.
@@ -42,8 +48,11 @@ def unit_removal(
     plan = RemovalPlan()
     modules = modules_by_name(model)
     blocks = {block.name: block for block in attention_blocks(model)}
-    for layer, dead in units:
-        _cut(plan, modules, layer, dead)
+    for layer, dead in even_units(units):
+        if layer.grouping == "expert":
+            _drop(plan, modules, model, layer, dead)
+            continue
+        _cut(plan, modules, layer, dead, widths)
         if layer.grouping != "head":
             continue
         block = blocks[layer.name]
@@ -54,14 +63,88 @@ def unit_removal(
     return plan
 
 
+def even_units(
+    units: Iterable[tuple[GroupedLayer, Tensor]],
+) -> list[tuple[GroupedLayer, Tensor]]:
+    """Let experts that share their weights lose as many units each as the one that can lose least.
+
+    Whole experts go one by one.
+
+    >>> from lightning_wgsef.groups.members import Member
+    >>> weight = nn.Parameter(torch.ones(2, 3, 4))
+    >>> layers = [
+    ...     GroupedLayer(f"{n}", "hidden", 3, (Member("experts.up", weight, (0,), at=n),))
+    ...     for n in range(2)
+    ... ]
+    >>> dead = torch.tensor([[True, True, False], [False, False, True]])
+    >>> [gone.tolist() for _, gone in even_units(zip(layers, dead, strict=True))]
+    [[True, False, False], [False, False, True]]
+    """
+    units = list(units)
+    least: dict[str, int] = {}
+    told: dict[str, int] = {}
+    for layer, dead in units:
+        first = layer.members[0]
+        if first.at is not None:
+            told[first.name] = told.get(first.name, 0) + 1
+            least[first.name] = min(int(dead.sum()), least.get(first.name, len(dead)))
+    even = []
+    for layer, dead in units:
+        first = layer.members[0]
+        if first.at is not None:
+            every = told[first.name] == len(first.parameter)
+            most = least[first.name] if every else 0
+            left = math.ceil((layer.count - most) / layer.multiple) * layer.multiple
+            count = max(0, layer.count - left)
+            gone = dead.nonzero().flatten()[:count]
+            dead = torch.zeros_like(dead).index_fill_(0, gone, True)
+        even.append((layer, dead))
+    return even
+
+
+def _drop(
+    plan: RemovalPlan,
+    modules: dict[str, nn.Module],
+    model: nn.Module,
+    layer: GroupedLayer,
+    dead: Tensor,
+) -> None:
+    """Plan to take whole experts out; the router goes on to know them."""
+    experts = next(x for x in expert_modules(model) if x.name == layer.name)
+    gone = dead.nonzero().flatten().tolist()
+    plan.silenced += [experts.path(path) for n, path in enumerate(experts.children) if n in gone]
+    if not experts.stacked or not gone:
+        return
+    for name in experts.stacked:
+        path, _, tensor = experts.path(name).rpartition(".")
+        plan.remove(path, modules[path], tensor, 0, gone)
+    plan.experts[experts.name] = (~dead).nonzero().flatten().tolist()
+    for name in _EXPERTS:
+        if getattr(experts.module, name, None) == experts.count:
+            plan.resize(experts.name, experts.module, name, len(gone))
+
+
 def _cut(
-    plan: RemovalPlan, modules: dict[str, nn.Module], layer: GroupedLayer, dead: Tensor
+    plan: RemovalPlan,
+    modules: dict[str, nn.Module],
+    layer: GroupedLayer,
+    dead: Tensor,
+    widths: bool,
 ) -> None:
     for member in layer.members:
         index = torch.arange(member.slices) if member.index is None else member.index.cpu()
         gone = (dead[index] & (index >= 0)).nonzero().flatten().tolist()
         path, _, tensor = member.name.rpartition(".")
         module, (axis,) = modules[path], member.axes
+        if member.at is not None:
+            if gone:
+                plan.remove(path, module, tensor, axis + 1, gone, at=member.at)
+            if member is layer.members[-1] and not member.at:  # once for all experts
+                for name, value in vars(module).items():
+                    is_width = type(value) is int and value == layer.count
+                    if is_width and (widths or name in _UNITS):
+                        plan.resize(path, module, name, len(gone))
+            continue
         plan.remove(path, module, tensor, axis, gone)
         if tensor != "weight" or isinstance(module, nn.MultiheadAttention):
             continue

@@ -61,6 +61,8 @@ class GroupedLayer:
         budget: K in units of cost.
         m: how many groups in a row share the budget, as in n:m; None: all of them.
         statistics: norms that follow, whose running statistics shrink with the groups.
+        least: how many groups have to stay.
+        multiple: a multiple of which stays: what runs the layer takes no other sizes.
 
     Raises:
         ValueError: an index or a tensor does not fit ``count``.
@@ -80,6 +82,8 @@ class GroupedLayer:
     budget: float = field(default=math.inf)
     m: int | None = None
     statistics: tuple[NormStatistics, ...] = ()
+    least: int = 1
+    multiple: int = 1
 
     def __post_init__(self) -> None:
         for member in self.members:
@@ -147,7 +151,8 @@ class Overlaps:
         for member in layer.members:
             key = id(member.parameter)
             for other, one in (*self._taken.get(key, ()), *mine.get(key, ())):
-                if bool((_covered(other, one) & _covered(layer, member)).any()):
+                apart = one.at != member.at and None not in (one.at, member.at)
+                if not apart and bool((_covered(other, one) & _covered(layer, member)).any()):
                     return (
                         f"weights of '{one.name}' belong to '{other.name}' ({other.grouping}) "
                         f"and to '{layer.name}' ({layer.grouping})"
@@ -162,6 +167,10 @@ def _covered(layer: GroupedLayer, member: Member) -> Tensor:
     """Tell which weights of the member's parameter are in a group, to broadcast with it."""
     inside = torch.ones(layer.count, dtype=torch.bool, device=member.parameter.device)
     covered = member.along(inside, False)
+    if member.at is not None:
+        whole = covered.new_zeros(member.parameter.shape[0], *covered.shape)
+        whole[member.at] = covered
+        return whole
     if member.shape is None:
         return covered
     return covered.expand(member.shape).reshape(member.parameter.shape)

@@ -26,6 +26,8 @@ class Member:
         index: group of every slice, shape (number of slices,), -1 for "in no group"; None: slice i
             belongs to group i.
         shape: the parameter is seen in this shape, with axes of it split in two; None: its own.
+        at: only this place of the parameter's first axis is meant, one expert of several, and the
+            axes are those of what lies there; None: all of it.
 
     The filters of a convolution lie along axis 0, its input channels along axis 1, single weights
     along all axes:
@@ -40,6 +42,11 @@ class Member:
 
     >>> Member("conv.weight", weight, axes=(0, 2), shape=(2, 4, 1, 3, 5, 5)).slices
     2
+
+    The rows of the third of four matrices:
+
+    >>> Member("experts", torch.nn.Parameter(torch.ones(4, 6, 2)), axes=(0,), at=2).slices
+    6
     """
 
     name: str
@@ -47,6 +54,7 @@ class Member:
     axes: tuple[int, ...]
     index: Tensor | None = None
     shape: tuple[int, ...] | None = None
+    at: int | None = None
 
     def __post_init__(self) -> None:
         if self.shape is not None and math.prod(self.shape) != self.parameter.numel():
@@ -70,16 +78,17 @@ class Member:
     @property
     def weights(self) -> Tensor:
         """The values of the parameter."""
-        return self.parameter.detach()
+        return self.own(self.parameter)
 
     def own(self, tensor: Tensor) -> Tensor:
         """Return of a tensor shaped like the parameter what `weights` is of the parameter."""
-        return tensor.detach()
+        return tensor.detach() if self.at is None else tensor.detach()[self.at]
 
     @property
     def extent(self) -> Sequence[int]:
         """The shape in which the weights are seen."""
-        return self.parameter.shape if self.shape is None else self.shape
+        own = self.parameter.shape if self.at is None else self.parameter.shape[1:]
+        return own if self.shape is None else self.shape
 
     def seen(self, tensor: Tensor) -> Tensor:
         """View ``tensor``, shaped like the weights, in the shape in which they are seen."""

@@ -55,13 +55,19 @@ def local_member(member: Member) -> Member:
     held = spans(member.parameter, member.name)
     index = torch.arange(member.slices) if member.index is None else member.index.cpu()
     axes = member.axes
+    if member.at is not None:  # a shard may hold another expert: in no group, as all others are
+        every = torch.full((member.parameter.shape[0], member.slices), -1)
+        every[member.at] = index
+        axes, index = (0, *(axis + 1 for axis in axes)), every.flatten()
     if member.shape is not None:  # a shard may begin inside a tile: every weight for itself
         along = [n if axis in axes else 1 for axis, n in enumerate(member.shape)]
         index = index.view(along).expand(member.shape).reshape(member.parameter.shape)
         axes = tuple(range(member.parameter.dim()))
     index = index.view([member.parameter.shape[axis] for axis in axes])
     here = index[tuple(slice(held[axis].start, held[axis].stop) for axis in axes)]
-    return LocalMember(member.name, member.parameter, axes, here.flatten(), None, held)
+    return LocalMember(
+        member.name, member.parameter, axes, here.flatten(), shape=None, at=None, spans=held
+    )
 
 
 def counted_here(members: Sequence[Member]) -> list[bool]:

@@ -17,6 +17,7 @@ from lightning_wgsef.network.example_input import (
     seeded,
     tensors,
 )
+from lightning_wgsef.network.experts import EveryExpert
 from lightning_wgsef.network.layers import weighted_layers
 from lightning_wgsef.network.surgery import RemovalPlan
 
@@ -31,7 +32,7 @@ def layer_outputs(
     """What every convolution and dense layer returns, call after call, and the network itself.
 
     The outputs of a network alone would not do for a comparison: behind many layers a difference
-    may be too weak to be seen.
+    may be too weak to be seen. Experts that the router passes over are run, too, see `EveryExpert`.
 
     Args:
         network: any module; it is run as it is.
@@ -49,12 +50,16 @@ def layer_outputs(
     seen: dict[str, list[Tensor]] = {}
     layers = {layer.name: layer for layer in weighted_layers(network)}
 
-    def note(name: str, _: nn.Module, given: tuple[Any, ...], output: Tensor) -> None:
-        seen.setdefault(name, []).append(output.clone())  # what follows may write into it
+    def note(name: str, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
+        own = seen.setdefault(name, [])  # a router that is a Linear may return more than that
+        own += [x.clone() for x in tensors(output)]  # what follows may write into it
 
     watched = {name: layer.module for name, layer in layers.items()}
-    with observed(watched, after=note), seeded(network, seed):
+    every = EveryExpert(network)
+    with observed(watched, after=note), every.watching(), seeded(network, seed):
         seen[OUTPUTS] = tensors(run_example(network, example_input))
+    with seeded(network, seed):
+        seen.update(every.others(lambda: run_example(network, example_input)))
     return seen if plan is None else kept_outputs(seen, network, plan)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,6 +20,83 @@ class Skip(nn.Module):
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
         """Returns the first input that is a tensor."""
         return next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
+
+
+class Silent(nn.Module):
+    """Returns zeros like its first input: what is left of an expert that adds nothing.
+
+    >>> Silent()(torch.ones(2)).tolist()
+    [0.0, 0.0]
+    """
+
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Returns zeros like the first input that is a tensor."""
+        return torch.zeros_like(
+            next(x for x in (*inputs, *named.values()) if isinstance(x, Tensor))
+        )
+
+
+Routed = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def routed_to(
+    change: Routed, args: tuple[Any, ...], named: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Replace, among the arguments of experts, the numbers of experts and the weights they get.
+
+    Those are a tensor of integers and one of floats of the same shape.
+
+    >>> index, weights = torch.tensor([[0, 2]]), torch.ones(1, 2)
+    >>> args, _ = routed_to(lambda i, w: (i + 1, w / 2), (torch.ones(1, 8), index, weights), {})
+    >>> args[1].tolist(), args[2].tolist()
+    ([[1, 3]], [[0.5, 0.5]])
+    """
+    given: dict[int | str, Any] = dict(enumerate(args))
+    given.update(named)
+    found = {key: x for key, x in given.items() if isinstance(x, Tensor) and x.dim() < 4}
+    for key, index in found.items():
+        if index.dtype not in (torch.int32, torch.int64) or not index.dim():
+            continue
+        for other, weights in found.items():
+            if weights.is_floating_point() and weights.shape == index.shape:
+                given[key], given[other] = change(index, weights)
+                break
+    return tuple(given[place] for place in range(len(args))), {key: given[key] for key in named}
+
+
+class KeptExperts:
+    """Hook before the forward of experts of which some were zero and are gone.
+
+    The router goes on to know them all. What it sends to one that is gone gets the weight 0, which
+    is what zero weights made of it.
+
+    Args:
+        kept: the experts that stay, by their number of before.
+        full: how many there were before.
+
+    >>> hook = KeptExperts([1, 3], 4)
+    >>> args = torch.ones(1, 8), torch.tensor([[0, 3]]), torch.tensor([[0.5, 0.5]])
+    >>> (_, index, weights), _ = hook(nn.Identity(), args, {})
+    >>> index.tolist(), weights.tolist()
+    ([[0, 1]], [[0.0, 0.5]])
+    """
+
+    def __init__(self, kept: list[int], full: int) -> None:
+        self.kept = kept
+        self.full = full
+        # One place more, for the number that stands for no expert.
+        self._places = [kept.index(number) if number in kept else -1 for number in range(full + 1)]
+
+    def __call__(
+        self, _: nn.Module, args: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return the arguments with the numbers that the experts have now."""
+
+        def to_kept(index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+            places = torch.tensor(self._places, device=index.device)[index.long()]
+            return places.clamp(min=0).to(index.dtype), weights.masked_fill(places < 0, 0)
+
+        return routed_to(to_kept, args, named)
 
 
 class SlimAttention(nn.MultiheadAttention):

@@ -15,7 +15,13 @@ from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Sid
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.recurrent import UnitLayer
-from lightning_wgsef.network.slim_modules import Skip, SlimAttention, SlimRecurrent
+from lightning_wgsef.network.slim_modules import (
+    KeptExperts,
+    Silent,
+    Skip,
+    SlimAttention,
+    SlimRecurrent,
+)
 
 Size = int | tuple[int, ...]
 
@@ -30,6 +36,10 @@ class RemovalPlan:
         heads: heads that stay, by name of an `nn.MultiheadAttention`.
         biases: names of layers that get a bias which they did not have.
         skipped: names of residual blocks of which only the shortcut stays.
+        parts: indices that stay for every index of the first axis, by name of the parameter and by
+            axis: as many for each.
+        experts: experts that stay, by name of the module that holds their weights.
+        silenced: names of modules that return zeros from now on.
 
     >>> plan = RemovalPlan()
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
@@ -47,22 +57,39 @@ class RemovalPlan:
     heads: dict[str, list[int]] = field(default_factory=dict)
     biases: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
+    parts: dict[str, dict[int, list[list[int]]]] = field(default_factory=dict)
+    experts: dict[str, list[int]] = field(default_factory=dict)
+    silenced: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Is there anything to take out?"""
-        return bool(self.kept or self.skipped or self.biases)
+        return bool(self.kept or self.skipped or self.biases or self.parts or self.silenced)
 
     def remove(
-        self, name: str, module: nn.Module, tensor: str, axis: int, positions: Iterable[int]
+        self,
+        name: str,
+        module: nn.Module,
+        tensor: str,
+        axis: int,
+        positions: Iterable[int],
+        *,
+        at: int | None = None,
     ) -> None:
         """Take slices out of a parameter or buffer of the module, which has this canonical name.
 
-        What the module does not have, such as a bias, is passed over.
+        What the module does not have, such as a bias, is passed over. With ``at``, only at this
+        index of the first axis; as many have to go at every other.
         """
         value = getattr(module, tensor, None)
         if isinstance(value, Tensor):
-            axes = self.kept.setdefault(f"{name}.{tensor}".lstrip("."), {})
-            gone = set(positions)
+            path, gone = f"{name}.{tensor}".lstrip("."), set(positions)
+            if at is not None:
+                every = self.parts.setdefault(path, {})
+                if axis not in every:
+                    every[axis] = [list(range(value.shape[axis])) for _ in range(len(value))]
+                every[axis][at] = [place for place in every[axis][at] if place not in gone]
+                return
+            axes = self.kept.setdefault(path, {})
             stay = axes.get(axis, range(value.shape[axis]))
             axes[axis] = [position for position in stay if position not in gone]
 
@@ -84,9 +111,12 @@ class RemovalPlan:
             model: the network that the plan is of.
             optimizer: its state is cut as the parameters are; see `check_optimizer`.
         """
-        gone = [p for name in self.skipped for p in modules_by_name(model)[name].parameters()]
+        left = self.skipped + self.silenced
+        gone = [p for name in left for p in modules_by_name(model)[name].parameters()]
         for name in self.skipped:
             _put(model, name, Skip())
+        for name in self.silenced:
+            _put(model, name, Silent())
         if optimizer is not None:
             _forget(optimizer, gone)
         modules, done = modules_by_name(model), set[int]()
@@ -96,12 +126,15 @@ class RemovalPlan:
             if not isinstance(attention, nn.MultiheadAttention):
                 raise ValueError(f"'{name}' is a {type(attention).__name__}, which has no heads")
             SlimAttention.of(attention, heads)
+        for name, numbers in self.experts.items():
+            full = len(next(p for p in modules[name].parameters() if p.dim() == 3))
+            modules[name].register_forward_pre_hook(KeptExperts(numbers, full), with_kwargs=True)
         for name in self.biases:
             _add_bias(modules[name], optimizer)
         for module in modules.values():
             if isinstance(module, nn.TransformerEncoder) and self.heads:
                 module.use_nested_tensor = False  # nested tensors take all heads for granted
-        for name, axes in self.kept.items():
+        for name in dict.fromkeys([*self.kept, *self.parts]):
             path, _, tensor = name.rpartition(".")
             value = getattr(modules[path], tensor)
             if id(value) in done:
@@ -110,12 +143,12 @@ class RemovalPlan:
                 state = {} if optimizer is None else optimizer.state.get(value, {})
                 for key, entry in state.items():
                     if isinstance(entry, Tensor) and entry.shape == value.shape:
-                        state[key] = _cut(entry, axes)
+                        state[key] = self._cut(name, entry)
                 value.grad = None
-                value.data = _cut(value.detach(), axes)
+                value.data = self._cut(name, value.detach())
                 done.add(id(value))
             else:
-                setattr(modules[path], tensor, _cut(value, axes))
+                setattr(modules[path], tensor, self._cut(name, value))
         for path, sizes in self.sizes.items():
             for attribute, size in sizes.items():
                 setattr(modules[path], attribute, size)
@@ -141,6 +174,14 @@ class RemovalPlan:
         elif isinstance(module, nn.LSTM | nn.LSTMCell):
             kept *= 2
         return kept
+
+    def _cut(self, name: str, tensor: Tensor) -> Tensor:
+        for axis, rows in self.parts.get(name, {}).items():
+            pairs = zip(tensor, rows, strict=True)
+            tensor = torch.stack([_selected(part, axis - 1, kept) for part, kept in pairs])
+        for axis, kept in self.kept.get(name, {}).items():
+            tensor = _selected(tensor, axis, kept)
+        return tensor
 
 
 def check_optimizer(model: nn.Module, optimizer: Optimizer) -> None:
@@ -175,11 +216,9 @@ def _add_bias(layer: Any, optimizer: Optimizer | None) -> None:
             group["params"].append(layer.bias)
 
 
-def _cut(tensor: Tensor, axes: dict[int, list[int]]) -> Tensor:
-    for axis, kept in axes.items():
-        index = torch.tensor(kept, dtype=torch.long, device=tensor.device)
-        tensor = tensor.index_select(axis, index)
-    return tensor
+def _selected(tensor: Tensor, axis: int, kept: list[int]) -> Tensor:
+    index = torch.tensor(kept, dtype=torch.long, device=tensor.device)
+    return tensor.index_select(axis, index)
 
 
 def _forget(optimizer: Optimizer, parameters: list[nn.Parameter]) -> None:

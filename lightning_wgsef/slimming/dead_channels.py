@@ -154,8 +154,9 @@ def _input_free(graph: Graph, found: ChannelSet) -> set[int]:
             continue
         for part in slices(graph, found.tied, side):
             if part.parameter is not getattr(side[0].module, "bias", None):
-                nonzero = _any_along(part.parameter, part.axis)
-                alive |= {bundle for place, bundle in part.groups.items() if nonzero[place]}
+                # Where positions cannot be relied on, they may lie beyond what there is.
+                nonzero = dict(enumerate(_any_along(part.parameter, part.axis).tolist()))
+                alive |= {b for place, b in part.groups.items() if nonzero.get(place, True)}
     return set(found.tied.bundle.values()) - alive
 
 

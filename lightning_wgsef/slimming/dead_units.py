@@ -16,7 +16,8 @@ class DeadUnits:
 
     Attributes:
         layer: its groups, of which the last member is what reads them.
-        dead: for every group, whether its columns in that are zero; never all of them.
+        dead: for every group, whether its columns in that are zero, of experts whether all of them
+            are; never all of them.
     """
 
     layer: GroupedLayer
@@ -35,9 +36,10 @@ def dead_units(groups: Groups) -> list[DeadUnits]:
     """
     found = []
     for layer in (layer for layer in groups.layers if layer.has_reader):
-        dead = ~Groups([replace(layer, members=layer.members[-1:])]).alive().cpu()
-        if bool(dead.all()):
-            dead[0] = False  # a layer cannot be empty
+        own = layer.members if layer.grouping == "expert" else layer.members[-1:]
+        dead = ~Groups([replace(layer, members=own)]).alive().cpu()
+        if int((~dead).sum()) < layer.least:
+            dead[: layer.least] = False  # a layer cannot be empty
         if (layer.removable or layer.obstacle) and bool(dead.any()):
             found.append(DeadUnits(layer, dead))
     return found

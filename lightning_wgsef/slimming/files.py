@@ -186,7 +186,11 @@ def _plan(values: dict[str, Any]) -> RemovalPlan:
         }
         for module, own in values.pop("sizes").items()
     }
-    return RemovalPlan(kept=kept, sizes=sizes, **values)
+    parts = {
+        name: {int(axis): rows for axis, rows in axes.items()}
+        for name, axes in values.pop("parts", {}).items()
+    }
+    return RemovalPlan(kept=kept, sizes=sizes, parts=parts, **values)
 
 
 def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
@@ -205,6 +209,20 @@ def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
         shape = getattr(modules[path], tensor).shape
         for axis, kept in axes.items():
             _check_increasing(f"kept[{name!r}][{axis}]", kept, shape[axis])
+    for name, every in plan.parts.items():
+        path, _, tensor = name.rpartition(".")
+        shape = getattr(modules[path], tensor).shape
+        for axis, rows in every.items():
+            where = f"parts[{name!r}][{axis}]"
+            if not isinstance(rows, list) or len(rows) != shape[0]:
+                raise ValueError(f"{where} must be {shape[0]} lists, got {reprlib.repr(rows)}")
+            for row in rows:
+                _check_increasing(where, row, shape[axis])
+            if len({len(row) for row in rows}) > 1:
+                raise ValueError(f"{where} must be of one length, got {reprlib.repr(rows)}")
+    for name, numbers in plan.experts.items():
+        count = len(next(p for p in modules[name].parameters() if p.dim() == 3))
+        _check_increasing(f"experts[{name!r}]", numbers, count)
     for path, sizes in plan.sizes.items():
         for attribute, size in sizes.items():
             before = getattr(modules[path], attribute)

@@ -19,7 +19,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
 
 
-def update_config(network: nn.Module, before: Shapes) -> str:
+def update_config(network: nn.Module, before: Shapes, *, experts_gone: bool = False) -> str:
     """Write the sizes of a slim network into its ``config``, where they are the same in all layers.
 
     Proved by building the class from the new configuration: everything must have the shape it has.
@@ -27,6 +27,7 @@ def update_config(network: nn.Module, before: Shapes) -> str:
     Args:
         network: a network; one without ``config`` and ``save_pretrained`` is passed over.
         before: the shapes that it had.
+        experts_gone: are there experts that a router knows and that are gone?
 
     Returns:
         "" if ``from_pretrained`` will load what ``save_pretrained`` writes, else why not.
@@ -34,6 +35,11 @@ def update_config(network: nn.Module, before: Shapes) -> str:
     config, now = getattr(network, "config", None), shapes_of(network)
     if config is None or not hasattr(network, "save_pretrained") or now == before:
         return ""
+    if experts_gone:
+        return (
+            "its routers know experts that are gone, which its class cannot say: from_pretrained "
+            "would refuse what save_pretrained writes; save_slim and load_slim keep this network"
+        )
     for values in _candidates(config, before, now):
         changed = copy.deepcopy(config)
         for name, value in values.items():

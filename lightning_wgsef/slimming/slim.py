@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_wgsef.groupings.experts import expert_groups
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
 from lightning_wgsef.groupings.unit_removal import unit_removal
@@ -36,6 +37,7 @@ from lightning_wgsef.network.example_input import (
     model_copy,
     run_example,
 )
+from lightning_wgsef.network.experts import expert_modules
 from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
 from lightning_wgsef.network.layers import canonical_name, unwrap, weighted_layers
 from lightning_wgsef.network.residual import residual_blocks
@@ -106,7 +108,8 @@ def slim(
 ) -> nn.Module:
     """A network without the groups that are zero, with the same outputs.
 
-    Taken out are residual blocks whose weights are all zero, attention heads and hidden units that
+    Taken out are residual blocks and experts whose weights are all zero (a router goes on to choose
+    among all experts, and those that are gone add nothing), attention heads and hidden units that
     nothing reads, and channels that nothing reads or that are zero whatever the input is. Channels
     that are another constant are folded into the biases of the layers that read them, where that is
     exact. Everything else stays, and the reason is in ``slimming.kept`` of what is returned.
@@ -158,7 +161,8 @@ def slim(
     work = _Slimmer(network, example_input, check)
     before, expected = model_copy(network), work.expected
     work.run()
-    if reason := update_config(network, shapes_of(before)):
+    gone = any(plan.experts or plan.silenced for plan in work.plans)
+    if reason := update_config(network, shapes_of(before), experts_gone=gone):
         work.kept["config"] = reason
     record = Slimming(
         [*getattr(model, "slimming", Slimming()).plans, *work.plans],
@@ -169,7 +173,7 @@ def slim(
     )
     if inplace:
         _take_over(model, network, work.plans, optimizer)
-        update_config(model, shapes_of(before))
+        update_config(model, shapes_of(before), experts_gone=gone)
         network = model
     for name, module in network.named_modules():
         module.training = modes.get(canonical_name(name), False)
@@ -222,6 +226,7 @@ class _Slimmer:
         while count < len(self.plans):
             count = len(self.plans)
             self.kept = dict(before)  # what stays for a reason is tried again in every round
+            self._units(expert_groups(self.network))
             for find in (head_groups, hidden_groups):
                 self._units(find(self.network, self.examples[0]))
             if not has_zero_channels(self.network):
@@ -232,6 +237,13 @@ class _Slimmer:
                 self.kept["channels"] = str(error)
                 continue
             self._channels(graph)
+        for experts in expert_modules(self.network):
+            rows = experts.router and next(experts.router[1].parameters())
+            if experts.router and rows is not None and not bool(rows.any(1).all()):
+                self.kept[experts.router[0]] = (
+                    "it goes on to choose among all experts: its zero rows, for those that are "
+                    "gone, stay"
+                )
         if has_zero_channels(self.network) and graph is not None:
             for name, reason in zeros_left(graph, self.network).items():
                 self.kept.setdefault(name, reason)
@@ -336,7 +348,7 @@ class _Slimmer:
                     self.kept[name] = failure
                 else:
                     good, plan, outputs = [*good, name], more, tried
-            if not good:
+            if not plan:
                 return []
         plan.apply(self.network)
         self.plans.append(plan)

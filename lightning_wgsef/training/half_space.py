@@ -92,13 +92,13 @@ def inside_half_space(groups: Groups, before: Mapping[str, Tensor], epsilon: flo
 
     Args:
         groups: their weights are the trial point.
-        before: the weights before the step, by parameter name.
+        before: the parameters before the step, by name.
         epsilon: see `HalfSpace`.
     """
     products, squares = [], []
     for member in groups.layout.members:
         chunk = Chunk(member, None)
-        old = member.seen(before[member.name]).to(groups.dtype)
+        old = member.seen(member.own(before[member.name])).to(groups.dtype)
         trial = member.seen(member.weights).to(groups.dtype)
         products.append(chunk.sum(trial * old))
         squares.append(chunk.sum(old * old))

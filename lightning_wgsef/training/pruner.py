@@ -124,7 +124,8 @@ class Pruner:
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""
         if self.masks is None and self._in_half_space_stage():
-            self._before = {m.name: m.weights.clone() for m in self.groups.layout.members}
+            parameters = {m.name: m.parameter for m in self.groups.layout.members}
+            self._before = {name: p.detach().clone() for name, p in parameters.items()}
 
     @torch.no_grad()
     def after_step(self) -> None:

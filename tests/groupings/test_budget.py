@@ -181,7 +181,7 @@ def test_a_function_that_returns_something_else(returned):
 
 @pytest.mark.parametrize("grouping", ["chanel", "", "Channel", None, 3, ["channel"], {"channel"}])
 def test_unknown_groupings(grouping):
-    with raises_naming("grouping must be 'channel', 'element', 'filter'", f"got {grouping!r}"):
+    with raises_naming("grouping must be 'channel', 'element', 'expert',", f"got {grouping!r}"):
         group_parameters(mlp(3, 4, 2), grouping)
 
 
