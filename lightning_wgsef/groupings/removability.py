@@ -28,7 +28,7 @@ from lightning_wgsef.network.example_input import perturbed
 from lightning_wgsef.network.layers import tensors_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.recurrent import UnitLayer
-from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, with_room_for_projections
+from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, possible_removals
 
 _CENTRED = (OPTYPE.BN, OPTYPE.IN)
 
@@ -386,7 +386,7 @@ class _Trial:
             if x.layer.count < 2:
                 return "it has one group"
             removals.append((x.tied, x.bundles(self._half(x.layer))))
-        possible = list(with_room_for_projections(graph, removals))
+        possible = list(possible_removals(graph, removals))
         for x, (_, bundles) in zip(found, possible, strict=True):
             _zero(zeroed, x.layer, torch.tensor(sorted({x.groups[bundle] for bundle in bundles})))
         failure = self._difference(zeroed, channel_removal(graph, possible))

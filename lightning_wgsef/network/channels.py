@@ -163,7 +163,8 @@ def channel_sets(graph: Graph) -> Iterator[ChannelSet]:
             continue
         tied = graph.tied(layer.module, sorted(channels))
         obstacle = tied.obstacle or _obstacle(graph, tied, problems) or _shared(graph, tied, homes)
-        for module, positions in produced(graph, tied):
+        # One channel that all others read is no channel of theirs.
+        for module, positions in produced(graph, tied) if layer.outputs > 1 else ():
             if taken.setdefault(module, set()) & positions.keys():
                 obstacle = obstacle or f"its channels overlap those of '{graph.names[module]}'"
             taken[module] |= positions.keys()

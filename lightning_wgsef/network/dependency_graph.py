@@ -127,7 +127,8 @@ class Graph:
         found.positions = {side: known for side, known in found.positions.items() if known}
         found.bundle = joined.numbers()
         if not self._has_attention:
-            found.obstacle = found.obstacle.replace(f": {HEAD}", "")
+            for words in (f": {HEAD}", " with heads"):
+                found.obstacle = found.obstacle.replace(words, "")
         return found
 
     def _follow(self, module: nn.Module, found: CoupledChannels, joined: _Joined) -> None:
@@ -139,7 +140,7 @@ class Graph:
         while waiting:
             side, indices = waiting.pop()
             node, handler = side
-            if self.width(side) == 1:
+            if self.width(side) == 1 and any(index.idx for index in indices):
                 continue  # broadcast: every channel reads the same one
             known, fresh = found.positions.setdefault(side, {}), []
             for index in self._aligned(side, indices):
@@ -223,7 +224,8 @@ class Graph:
         if any(module is given for given in self.inputs):
             return "tied to the network's input"
         if isinstance(module, MODULE_OPERATIONS):
-            return f"tied to '{name}' ({type(module).__name__}): {HEAD}"
+            advice = f": {HEAD}" if isinstance(module, nn.MultiheadAttention) else ""
+            return f"tied to '{name}' ({type(module).__name__}){advice}"
         if node.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) and module.groups > 1:
             depthwise = module.in_channels == module.out_channels == module.groups
             if not depthwise and (module.transposed or node.type == OPTYPE.DEPTHWISE_CONV):

@@ -7,6 +7,7 @@ fails where it cannot infer a size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -26,6 +27,27 @@ class Index(NamedTuple):
 
     idx: int
     root_idx: int | None
+
+
+class _Flat(NamedTuple):
+    """Mapping between channels and their places in a matrix, in runs or each step by itself."""
+
+    width: int
+    times: int
+    runs: bool
+    to_matrix: bool
+
+    def __call__(self, indices: list[Any]) -> list[Index]:
+        if not self.to_matrix:
+            places = [x.idx // self.times if self.runs else x.idx % self.width for x in indices]
+            found = [Index(place, x.root_idx) for place, x in zip(places, indices, strict=True)]
+            return list(dict.fromkeys(found))
+        step, stride = (1, self.times) if self.runs else (self.width, 1)
+        return [
+            Index(x.idx * stride + step * number, x.root_idx)
+            for x in indices
+            for number in range(self.times)
+        ]
 
 
 class _Part(NamedTuple):
@@ -69,9 +91,32 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
             for dep in (x for one in (node, *node.inputs, *node.outputs) for x in one.dependencies):
                 if node in (dep.source, dep.target):
                     dep.index_mapping[0] = None
+        _map_flattened(node, before, 1 if one_dimensional else 2)
         for dep in node.dependencies if node.type == OPTYPE.CONCAT else ():
             if dep.target.type == OPTYPE.SPLIT:  # of the whole first, then to the other's whole
                 dep.index_mapping.reverse()
+
+
+def _map_flattened(node: Node, before: tuple[int, ...], otherwise: int) -> None:
+    """Map the channels of a tensor to the columns of the matrix to which it is flattened."""
+    after = shape_after(node.grad_fn) or ()
+    if node.type != OPTYPE.RESHAPE or len(before) < 3 or len(after) != 2 or before[0] != after[0]:
+        return
+    axis = _channel_axis(node, otherwise if len(before) == 3 else 1)
+    if axis not in (1, len(before) - 1):
+        return
+    times = math.prod(before[1:]) // max(before[axis], 1)
+    for source in node.inputs:
+        for one, other, to_matrix in ((source, node, True), (node, source, False)):
+            for dep in one.dependencies:
+                if dep.target is other:
+                    mapping = _Flat(before[axis], times, axis == 1, to_matrix)
+                    dep.index_mapping[0] = mapping
+    for reader in node.outputs:  # torch-pruning may have put it there
+        for one, other in ((reader, node), (node, reader)):
+            for dep in one.dependencies:
+                if dep.target is other:
+                    dep.index_mapping[0] = None
 
 
 def _unmap(node: Node) -> None:
@@ -83,19 +128,40 @@ def _unmap(node: Node) -> None:
 
 
 def _channel_axis(node: Node, otherwise: int) -> int:
-    """Find the axis of the channels in a tensor of three axes, from the layer that made them."""
-    waiting, seen = [(node, False)], set[int]()
+    """Find the axis of the channels in what an operation reads, from the layer that made them."""
+    waiting: list[tuple[Node, list[Node]]] = [(source, []) for source in node.inputs]
+    seen = set[int]()
     while waiting:
-        one, swapped = waiting.pop(0)
+        one, behind = waiting.pop(0)
         if id(one) in seen:
             continue
         seen.add(id(one))
-        axis = 1 if one.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV) else 2
-        if axis == 1 or one.type in (OPTYPE.LINEAR, OPTYPE.EMBED, OPTYPE.LN):
-            return 3 - axis if swapped else axis
-        turns = type(one.grad_fn).__name__ in ("TransposeBackward0", "PermuteBackward0")
-        waiting += [(source, swapped != turns) for source in one.inputs]
+        rank = len(shape_after(one.grad_fn) or ())
+        convolution = one.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV)
+        if convolution or one.type in (OPTYPE.LINEAR, OPTYPE.EMBED, OPTYPE.LN):
+            return _moved(1 if convolution else rank - 1, rank, behind)
+        waiting += [(source, [one, *behind]) for source in one.inputs]
     return otherwise
+
+
+def _moved(axis: int, rank: int, operations: list[Node]) -> int:
+    """Follow an axis of a tensor of some rank through operations; the last one stays the last."""
+    for node in operations:
+        operation, before = node.grad_fn, rank
+        rank = len(shape_after(operation) or ())
+        kind = type(operation).__name__
+        if kind == "TransposeBackward0":
+            pair = [_positive(operation._saved_dim0, rank), _positive(operation._saved_dim1, rank)]
+            axis = sum(pair) - axis if axis in pair else axis
+        elif kind == "PermuteBackward0":
+            axis = [_positive(dim, rank) for dim in operation._saved_dims].index(axis)
+        else:
+            axis = rank - 1 if axis == before - 1 else min(axis, rank - 1)
+    return axis
+
+
+def _positive(axis: int, rank: int) -> int:
+    return (axis - 2**64 if axis >= 2**63 else axis) % max(rank, 1)
 
 
 def part_size(node: Node) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import count
+from itertools import count, takewhile
 from typing import Any
 
 import torch
@@ -27,6 +27,9 @@ _MIXING = re.compile(
     "Mm|Bmm|Mv|Dot|(?<!Upsample)(Linear|Bilinear)|ScaledDot|Attention|Convolution|Pixel|Shuffle|"
     "CopySlices|Fft"
 )
+
+# Those of them that attention is made of.
+_ATTENTION = re.compile("Mm|ScaledDot|Attention")
 
 # They move or mix what lies along an axis, and leave the other axes as they are.
 _ALONG_AXES = re.compile(
@@ -164,7 +167,8 @@ def operation_obstacle(node: Any, width: int) -> str:
     """Why an operation outside of modules might mix ``width`` channels."""
     kind = type(node.grad_fn).__name__
     if mixes_channels(node):
-        return f"its channels are mixed by {kind}: {HEAD}"
+        advice = f": {HEAD}" if _ATTENTION.search(kind) else ""
+        return f"its channels are mixed by {kind}{advice}"
     shape = shape_after(node.grad_fn)
     if node.type == OPTYPE.RESHAPE and shape is not None:
         before = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", shape))
@@ -190,10 +194,14 @@ def flatten_obstacle(node: Any, positions: dict[int, int]) -> str:
     after = shape_after(node.grad_fn) or ()
     if node.type != OPTYPE.RESHAPE or len(before) < 3 or len(after) != 2 or before[0] != after[0]:
         return ""
-    first = min(positions)
+    first, width = min(positions), before[-1]
     run = next(n for n in count(1) if positions.get(first + n) != positions[first])
     if run == math.prod(before[2:]):
         return ""
+    if max(positions) >= width and all(
+        positions.get(place % width) == root for place, root in positions.items()
+    ):
+        return ""  # channels last
     return f"a reshape from {before} to {after}, in which its channels are not the second axis"
 
 
@@ -236,5 +244,13 @@ def _keeps_channels(before: tuple[int, ...], after: tuple[int, ...], width: int)
         return False
     if before[-1] == width != before[1]:  # channels last
         return after[-1] == width
+    # Axes that go on as they are, behind samples and steps that are joined or taken apart.
+    sizes = zip(reversed(before), reversed(after), strict=False)
+    same = len(list(takewhile(lambda pair: pair[0] == pair[1], sizes)))
+    first, split = before[: len(before) - same], after[: len(after) - same]
+    # An axis of size 1 beside channels of an image is for what works along them, as in LRN.
+    for_channels = len(before) > 2 and len(first) > 0 and split == (*first, 1)
+    if width in before[1:] and before.index(width, 1) >= len(first) and not for_channels:
+        return True
     flat = 2 in (len(before), len(after)) and before[0] == after[0]
     return flat or before[:2] == after[:2]

@@ -271,7 +271,7 @@ def channel_removal(
     """
     gone: dict[Side, set[int]] = {}
     widths: dict[Side, int] = {}
-    for tied, bundles in with_room_for_projections(graph, list(removals)):
+    for tied, bundles in possible_removals(graph, list(removals)):
         for side, roots in tied.positions.items():
             removed = {place for place, root in roots.items() if tied.bundle[root] in bundles}
             gone.setdefault(side, set()).update(removed)
@@ -283,29 +283,49 @@ def channel_removal(
     return plan
 
 
-def with_room_for_projections(
+def possible_removals(
     graph: Graph, removals: Sequence[tuple[CoupledChannels, Collection[int]]]
-) -> Iterator[tuple[CoupledChannels, Collection[int]]]:
-    """Leave as many units that would go in an LSTM that it has more than projections.
+) -> Iterator[tuple[CoupledChannels, set[int]]]:
+    """Leave one channel to every layer, and to an LSTM more hidden units than projections.
 
-    Otherwise torch takes it for one without projections.
+    A layer without channels does not run, and an LSTM with as many units as projections is taken
+    for one without.
+
+    >>> from lightning_wgsef.network.dependency_graph import build_graph
+    >>> import torch
+    >>> graph = build_graph(nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2)), torch.ones(1, 4))
+    >>> tied = graph.tied(graph.model[0], range(3))
+    >>> [bundles for _, bundles in possible_removals(graph, [(tied, {0, 1, 2})])]
+    [{1, 2}]
     """
-
-    def left(
-        tied: CoupledChannels, bundles: Collection[int], size: str
-    ) -> Iterator[tuple[UnitLayer, int]]:
-        for side, roots in tied.positions.items():
-            layer = side[0].module
-            if isinstance(layer, UnitLayer) and layer.sizes[1] == size and graph.outward(side):
-                yield layer, sum(tied.bundle[root] not in bundles for root in roots.values())
-
-    projected = {x.owner: units for own in removals for x, units in left(*own, "proj_size")}
-    for tied, bundles in removals:
-        for layer, units in left(tied, bundles, "hidden_size"):
+    cut = [(tied, _without_empty_layers(graph, tied, set(bundles))) for tied, bundles in removals]
+    projected = {
+        x.owner: units for own in cut for x, units in _units_left(graph, *own, "proj_size")
+    }
+    for tied, bundles in cut:
+        for layer, units in _units_left(graph, tied, bundles, "hidden_size"):
             if layer.projections:
                 few = projected.get(layer.owner, layer.projections) + 1 - units
-                bundles = sorted(bundles)[max(0, few) :]
+                bundles = set(sorted(bundles)[max(0, few) :])
         yield tied, bundles
+
+
+def _without_empty_layers(graph: Graph, tied: CoupledChannels, bundles: set[int]) -> set[int]:
+    for side, roots in tied.positions.items():
+        own = {tied.bundle[root] for root in roots.values()}
+        if own <= bundles and len(roots) == graph.width(side):
+            bundles = bundles - {min(own)}
+    return bundles
+
+
+def _units_left(
+    graph: Graph, tied: CoupledChannels, bundles: Collection[int], size: str
+) -> Iterator[tuple[UnitLayer, int]]:
+    """Yield the matrices of recurrent layers that make that many units, and what is left."""
+    for side, roots in tied.positions.items():
+        layer = side[0].module
+        if isinstance(layer, UnitLayer) and layer.sizes[1] == size and graph.outward(side):
+            yield layer, sum(tied.bundle[root] not in bundles for root in roots.values())
 
 
 def _cut_side(

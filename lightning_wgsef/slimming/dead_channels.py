@@ -31,7 +31,7 @@ class DeadChannels:
 
     Attributes:
         found: the set.
-        bundles: numbers of the bundles of channels that do nothing; never all of them.
+        bundles: numbers of the bundles of channels that do nothing.
     """
 
     found: ChannelSet
@@ -95,16 +95,14 @@ def dead_channels(
     }
     dead = []
     for found, readers, silent in sets:
-        every = set(found.tied.bundle.values())
-        gone = every - {bundle for reader in readers for bundle in reader.bundles.values()}
+        gone = set(found.tied.bundle.values())
+        gone -= {bundle for reader in readers for bundle in reader.bundles.values()}
         for bundle in silent - gone:
             reason = _silence(readers, bundle, known, own if folding else {})
             if reason:
                 kept[found.name] = reason
             else:
                 gone.add(bundle)
-        if gone == every:
-            gone.remove(min(gone))  # a layer cannot be empty
         if gone:
             dead.append(DeadChannels(found, gone))
     return dead, kept
@@ -126,22 +124,26 @@ def has_zero_channels(network: nn.Module) -> bool:
 def zeros_left(graph: Graph, network: nn.Module) -> dict[str, str]:
     """Say why layers still have zero filters or input channels that they do not read."""
     obstacles, left = input_obstacles(graph), {}
-    bundled = {
-        graph.names[module]
-        for found in channel_sets(graph)
-        if found.tied.count < len(found.tied.bundle)
-        for module, _ in produced(graph, found.tied)
-    }
+    whys = {}
+    for found in channel_sets(graph):
+        made = [graph.names[module] for module, _ in produced(graph, found.tied)]
+        last = [graph.names[m] for m, places in produced(graph, found.tied) if len(places) == 1]
+        why = "what reads them is not zero"
+        if found.tied.count < len(found.tied.bundle):
+            why = "others, which can only go together with them, are not zero"
+        elif last:
+            why = f"'{last[0]}' keeps its last channel"
+        whys.update(dict.fromkeys(made, why))
     for layer in weighted_layers(network):
         if layer.problem:
             continue
-        if not bool(_read_channels(layer.module).all()):
+        if not bool(layer.weight.any()) and layer.outputs == 1:
+            left[layer.name] = "all its weights are zero, but a layer keeps its last channel"
+        elif not bool(_read_channels(layer.module).all()):
             reason = obstacles.get(layer.name) or "what makes them has to stay"
             left[layer.name] = f"zero input channels: {reason}"
         elif not bool(_any_along(layer.weight, int(layer.transposed)).all()):
-            why = "what reads them is not zero"
-            if layer.name in bundled:
-                why = "others, which can only go together with them, are not zero"
+            why = whys.get(layer.name, "what reads them is not zero")
             left[layer.name] = f"zero filters: {why}"
     return left
 
