@@ -123,8 +123,8 @@ class Homotopy(Schedule):
       of the ramp, however long that is.
     - ``lam``: :math:`\tau_0 = \mathrm{lr} \cdot \lambda`, the paper's step at the start. A larger
       :math:`\lambda` makes groups compete earlier and harder. Where it is below 10/n, :math:`\tau`
-      makes up for it in the first fifth of the ramp: a small :math:`\lambda` starts later, and
-      arrives, too.
+      makes up for it, in a straight line, in the first tenth of the ramp: a small :math:`\lambda`
+      starts later, and arrives, too.
     - ``start``: :math:`\tau_0` itself; with 1 every step is the projection, which is gradual
       magnitude pruning.
 
@@ -144,8 +144,8 @@ class Homotopy(Schedule):
 
     >>> [round(Homotopy(length=40).step_size(i, None, lr=0.1), 3) for i in (-1, 9, 19, 29, 39)]
     [0.25, 0.354, 0.5, 0.707, 1.0]
-    >>> [round(Homotopy(lam=0.1, length=40).step_size(i, None, lr=0.1), 3) for i in (-1, 7, 19, 39)]
-    [0.01, 0.33, 0.5, 1.0]
+    >>> [round(Homotopy(lam=0.1, length=40).step_size(i, None, lr=0.1), 3) for i in (-1, 1, 3, 39)]
+    [0.01, 0.139, 0.287, 1.0]
     >>> [round(Homotopy(length=40).left(i, None), 2) for i in (-1, 9, 19, 29, 39)]
     [1.0, 0.38, 0.09, 0.0, 0.0]
     """
@@ -178,13 +178,14 @@ class Homotopy(Schedule):
         natural = min(1.0, _FADES / steps)
         if self.start is not None or self.lam is None:
             return float((natural if self.start is None else self.start) ** left)
-        # The lowest number keeps lam = 0, or a learning rate that warms up from 0, on the way.
-        behind = max(0.0, 1 - (1 - left) / _CATCHES_UP)
+        caught_up = min(1.0, (1 - left) / _CATCHES_UP)
         if isinstance(lr, Tensor):
-            ratio = (lr.double() * (self.lam / natural)).clamp(_LOWEST, 1 / natural)
-            return (natural * ratio.clamp(min=1)) ** left * ratio.clamp(max=1) ** behind
-        share = min(max(lr * self.lam / natural, _LOWEST), 1 / natural)
-        return float((natural * max(share, 1.0)) ** left * min(share, 1.0) ** behind)
+            ratio = (lr.double() * (self.lam / natural)).clamp(max=1 / natural)
+            low = ratio.clamp(max=1)
+            return (natural * ratio.clamp(min=1)) ** left * (low + (1 - low) * caught_up)
+        share = min(lr * self.lam / natural, 1 / natural)
+        behind = 1 - min(share, 1.0)
+        return float((natural * max(share, 1.0)) ** left * (1 - behind * (1 - caught_up)))
 
     def steps(self, total: int | None) -> int:
         """Return the number of steps, see `Schedule`."""
@@ -202,11 +203,10 @@ class Homotopy(Schedule):
 
 # Of a homotopy: steps times step size at which losers fade in about a tenth of the ramp; the shares
 # of the ramp in which a small lam catches up, and after which the budget is the one that was named;
-# the least share of the natural step size to begin with; where a ramp without a length ends.
+# where a ramp without a length ends.
 _FADES = 10.0
-_CATCHES_UP = 0.2
+_CATCHES_UP = 0.1
 _ARRIVES = 0.9
-_LOWEST = 1e-6
 _HALF = 0.5
 
 

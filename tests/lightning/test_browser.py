@@ -165,7 +165,7 @@ def test_the_layout_draws_layers_together(page: Callable[..., Any]) -> None:
         )
     }
     elements(driver, "vz-line-chart2", 4)
-    keep(driver, "curves", height=640)
+    keep(driver, "curves", height=860)
 
 
 def test_pictures_of_the_groups_are_shown(page: Callable[..., Any]) -> None:
