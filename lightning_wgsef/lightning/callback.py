@@ -27,6 +27,7 @@ from lightning_wgsef.lightning.private import (
     logged_step,
     logs_are_due,
     release_hparams,
+    steps_left,
 )
 from lightning_wgsef.lightning.strategies import check_strategy, restores_later
 from lightning_wgsef.lightning.summary import PruningSummary
@@ -37,7 +38,7 @@ from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
 from lightning_wgsef.slimming.slim import slim
 from lightning_wgsef.training.half_space import HalfSpace
-from lightning_wgsef.training.masks import apply_masks_to
+from lightning_wgsef.training.masks import Twin, apply_masks_to, twins
 from lightning_wgsef.training.options import ARGUMENTS, Settings
 from lightning_wgsef.training.regularizer import WGSEF
 from lightning_wgsef.training.saved_grouping import saved_grouping
@@ -192,6 +193,9 @@ class WGSEFCallback(Callback):
         self._saving: RemovableHandle | None = None
         self._said_lost = False
         self._said_idle = False
+        self._said_thawed = False
+        self._twins: list[Twin] = []
+        self._waiting: list[str] = []
         self._taken: list[int] = []
         self._fixed_at: float | None = None
 
@@ -290,7 +294,8 @@ class WGSEFCallback(Callback):
         done = logged_step(trainer)
         if done and not self._state and self.regularizer.total_steps is not None:
             # Resumed from a run without this callback: the schedule has the steps that are left.
-            self.regularizer.total_steps = max(self.regularizer.total_steps - done, 1)
+            to_come = steps_left(trainer) or self.regularizer.total_steps - done
+            self.regularizer.total_steps = max(to_come, 1)
             trainer.print(
                 f"{self.prefix}: {done} steps were trained without pruning; the schedule runs over "
                 f"the {self.regularizer.total_steps} that are left"
@@ -303,14 +308,19 @@ class WGSEFCallback(Callback):
                 self._keep_masks("before the weights were saved")
 
         self._saving = pl_module.register_state_dict_pre_hook(before_saving)  # type: ignore[no-untyped-call]
-        self._said_lost = self._said_idle = False
+        self._said_lost = self._said_idle = self._said_thawed = False
+        self._twins = list(twins(pl_module, self.regularizer.groups))
         if self._state:
             self.regularizer.load_state_dict(self._state)
             self._state = {}
-        if waiting := self.regularizer.waiting():
+            left = steps_left(trainer)
+            if left is not None and (words := self.regularizer.replan(left, done)):
+                trainer.print(f"{self.prefix}: {words}")
+        self._waiting = self.regularizer.waiting()
+        if self._waiting:
             warnings.warn(
-                f"{', '.join(waiting)}: no optimizer trains these layers; they keep all their "
-                "groups until one does (leave them out with exclude to silence this)",
+                f"{', '.join(self._waiting)}: no optimizer trains these layers; they keep all "
+                "their groups until one does (leave them out with exclude to silence this)",
                 stacklevel=2,
             )
         self._summary = PruningSummary(trainer, self.regularizer, self.prefix, self.dashboard)
@@ -360,6 +370,8 @@ class WGSEFCallback(Callback):
             self._summary.freeze(trainer)
             for average in average_models(trainer):
                 apply_masks_to(average, self.regularizer.groups, self.regularizer.masks)
+            for twin in self._twins:
+                twin.mask(self.regularizer.groups, self.regularizer.masks)
         if not self.regularizer.frozen:
             self._summary.foretell(trainer)
         # With the last batch monitors find the metrics at the end of every epoch.
@@ -380,6 +392,7 @@ class WGSEFCallback(Callback):
         """Say so, once, if a whole epoch passed without a proximal step on some layers."""
         assert self.regularizer is not None
         self._offer_metrics(trainer)
+        self._say_what_thawed(trainer)
         idle = [
             layer.name
             for before, pruner in zip(self._taken, self.regularizer.pruners, strict=False)
@@ -394,6 +407,27 @@ class WGSEFCallback(Callback):
                 "gradients, so that their groups do not compete and no mask is fixed. Step with "
                 "optimizer.step() (a wrapper has to call that of the optimizer inside it), "
                 "or leave these layers out with exclude=",
+                stacklevel=2,
+            )
+
+    def _say_what_thawed(self, trainer: Trainer) -> None:
+        assert self.regularizer is not None
+        waiting = self.regularizer.waiting()
+        if joined := [name for name in self._waiting if name not in waiting]:
+            pruner = self.regularizer.pruners[-1]
+            trainer.print(
+                f"{self.prefix}: {', '.join(joined)} began to train in epoch "
+                f"{trainer.current_epoch}; their schedule runs over the {pruner.total_steps} steps "
+                "that were left then"
+            )
+        self._waiting = waiting
+        thawed = self.regularizer.thawed()
+        if thawed and not self._said_thawed:
+            self._said_thawed = True
+            warnings.warn(
+                f"{', '.join(thawed)}: frozen when the fit began, trained now, and in no group: "
+                f"they stay dense. include={thawed} groups frozen layers from the start; they "
+                "compete as soon as they train",
                 stacklevel=2,
             )
 

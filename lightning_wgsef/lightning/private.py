@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,24 @@ def logged_step(trainer: Trainer) -> int:
     batch.
     """
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+
+def steps_left(trainer: Trainer) -> int | None:
+    """Return how many optimizer steps a fit that starts or goes on has before it; None: unknown.
+
+    ``estimated_stepping_batches`` counts those of all epochs by their length now, whatever was
+    trained at another batch size. ``batch_progress`` says how far into an epoch the run was.
+    """
+    left = math.inf
+    if trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches):
+        accumulated = trainer.accumulate_grad_batches
+        progress = trainer.fit_loop.epoch_loop.batch_progress.current
+        inside = progress.ready if progress.ready != progress.completed else 0  # else at its end
+        epochs = int(trainer.max_epochs) - trainer.current_epoch
+        left = epochs * -(-int(trainer.num_training_batches) // accumulated) - inside // accumulated
+    if trainer.max_steps != -1:
+        left = min(left, trainer.max_steps - trainer.global_step)
+    return None if math.isinf(left) else int(left)
 
 
 def average_models(trainer: Trainer) -> Iterator[nn.Module]:

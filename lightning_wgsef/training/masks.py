@@ -20,6 +20,7 @@ from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
 from lightning_wgsef.network.layers import (
     canonical_name,
+    is_lazy,
     modules_by_name,
     tensors_by_name,
 )
@@ -284,6 +285,78 @@ def apply_masks_to(module: nn.Module, groups: Groups, masks: Mapping[str, Tensor
     inner = module.module if isinstance(module, AveragedModel) else module
     layers = [layer for layer in groups.layers if layer.name in masks]
     apply_masks(Groups(on_model(layers, inner)), masks)
+
+
+class Twin:
+    """Part of a model that is built like another part of it, with groups: an average, or a teacher.
+
+    Args:
+        module: the part.
+        prefix: path of the other.
+    """
+
+    def __init__(self, module: nn.Module, prefix: str) -> None:
+        self.module, self.prefix = module, prefix
+        self._before = self._sums()
+
+    def mask(self, groups: Groups, masks: Mapping[str, Tensor]) -> None:
+        """Set its dead groups to zero if it has changed since: a teacher never does."""
+        if torch.equal(self._before, self._sums()):
+            return
+        layers = [
+            replace(
+                layer,
+                members=tuple(
+                    replace(m, name=m.name.removeprefix(f"{self.prefix}.")) for m in layer.members
+                ),
+                statistics=(),
+            )
+            for layer in groups.layers
+            if layer.name in masks and _within(layer, self.prefix)
+        ]
+        apply_masks(Groups(on_model(layers, self.module)), masks)
+
+    @torch.no_grad()
+    def _sums(self) -> Tensor:
+        return torch.stack([x.double().sum().cpu() for x in self.module.parameters()])
+
+
+def twins(model: nn.Module, groups: Groups) -> Iterator[Twin]:
+    """Yield the largest parts that nobody trains and that are built like a part with groups.
+
+    >>> import copy
+    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
+    >>> network = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2))
+    >>> average = copy.deepcopy(network).requires_grad_(False)
+    >>> model = nn.ModuleDict({"network": network, "average": average})
+    >>> [twin.prefix for twin in twins(model, group_parameters(model))]
+    ['network']
+    """
+    modules = modules_by_name(model)
+    built = {path: _built(module) for path, module in modules.items() if path}
+    grouped = [path for path in built if any(_within(layer, path) for layer in groups.layers)]
+    taken: list[str] = []
+    for path, module in modules.items():
+        if not path or path in grouped or not built[path] or path.startswith(tuple(taken)):
+            continue
+        if any(parameter.requires_grad for parameter in module.parameters()):
+            continue
+        alike = [other for other in grouped if built[other] == built[path]]
+        if alike:
+            taken.append(f"{path}.")
+            yield Twin(module, alike[0])
+
+
+def _within(layer: GroupedLayer, path: str) -> bool:
+    return all(member.name.startswith(f"{path}.") for member in layer.members)
+
+
+def _built(module: nn.Module) -> list[tuple[str, torch.Size]]:
+    return [
+        (canonical_name(name), parameter.shape)
+        for name, parameter in module.named_parameters()
+        if not is_lazy(parameter)
+    ]
 
 
 def clear_moments(groups: Groups, masks: Mapping[str, Tensor], optimizer: Optimizer) -> None:

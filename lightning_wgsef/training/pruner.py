@@ -121,6 +121,29 @@ class Pruner:
         self.step.follow(optimizer)
         return True
 
+    def replan(self, left: int) -> bool:
+        """Stretch what the schedule has before it over the steps that are left; return: was it?
+
+        Of ``total`` steps ``taken`` were taken; with f the ratio of ``left`` to what was left of
+        them, the run goes on as one of f total steps of which f taken were taken, at the same point
+        of its schedule. Where anything is a number of steps, it stays where it is.
+        """
+        total = self.total_steps
+        schedule = self.step.schedule
+        fixed = [self.freeze_rule.freeze, getattr(self._half_space, "start", None)]
+        fixed += [getattr(schedule, name, None) for name in ("length", "end")]
+        fixed.append(getattr(self._ramp, "length", None))
+        if self.frozen or total is None or total <= self.taken:
+            return False
+        if any(isinstance(x, int) for x in fixed):
+            return False
+        self.taken = round(self.taken * left / (total - self.taken))
+        total = self.taken + left
+        self.total_steps = self.step.total_steps = self.freeze_rule.total_steps = total
+        if self._half_space is not None:
+            self._half_space_from = self._half_space.first_step(self.freeze_rule.step, total)
+        return True
+
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""
         if self.masks is None and self._in_half_space_stage():

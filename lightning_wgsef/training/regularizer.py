@@ -16,7 +16,7 @@ from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.layers import canonical_name, tensors_by_name
 from lightning_wgsef.network.sharding import is_sharded
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import pruner_states
@@ -173,6 +173,16 @@ class WGSEF:
         attached = {layer.name for pruner in self.pruners for layer in pruner.groups.layers}
         return [layer.name for layer in self.groups.layers if layer.name not in attached]
 
+    def thawed(self) -> list[str]:
+        """Return the layers that were left out as frozen and have a gradient by now."""
+        own = tensors_by_name(self.model)
+        frozen = {
+            layer: why.removeprefix("frozen: ").partition(" ")[0]
+            for layer, why in self.groups.left_out.items()
+            if why.startswith("frozen: ")
+        }
+        return [x for x, name in frozen.items() if name in own and own[name].requires_grad]
+
     def detach(self) -> None:
         """Leave all optimizers alone; masks, counters and groups stay readable."""
         while self._hooks:
@@ -232,6 +242,32 @@ class WGSEF:
         for pruner in self.pruners:
             if pruner.follows(inner(optimizer)):
                 pruner.after_step()
+
+    def replan(self, left: int, done: int) -> str:
+        """Let the schedules of a restored run go on over the steps that are left; say so.
+
+        Args:
+            left: number of steps to come.
+            done: number of steps that the training loop has taken.
+
+        Returns:
+            What changed; "" where so many steps were to come, up to one.
+        """
+        restored = [x for x in self.pruners if x.taken and x.total_steps is not None]
+        planned = [(x.total_steps or 0) - n for x in restored[:1] for n in (x.taken, done)]
+        if not restored or left < 1 or any(abs(left - steps) <= 1 for steps in planned):
+            return ""
+        stretched = [pruner.replan(left) for pruner in restored]
+        if not any(stretched):
+            return ""
+        fixed = restored[0].freeze_rule.step
+        when = (
+            "" if fixed is None else f"; the mask is fixed after {fixed - restored[0].taken} more"
+        )
+        return (
+            f"{planned[0]} steps were to come when the run was saved, {left} are now (other "
+            f"epochs, batches or batch size): the schedule goes on over those{when}"
+        )
 
     def before_step(self, optimizer: Optimizer) -> None:
         """Prepare a step of ``optimizer``, as `attach` does; needed where there is a half space."""

@@ -452,3 +452,37 @@ def test_hooks_go_with_the_fit() -> None:
 class Stop(pl.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         raise ValueError("stop")
+
+
+class Averaging(Net):
+    """An average of its network in the module, kept by hand or by torch, and a teacher like it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.way = way
+        if way == "torch":
+            self.average = torch.optim.swa_utils.AveragedModel(self.net).requires_grad_(False)
+        else:
+            self.average = nn.ModuleDict({"net": copy.deepcopy(self.net).requires_grad_(False)})
+
+    def averaged(self) -> nn.Module:
+        return self.average.module if self.way == "torch" else self.average["net"]
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        if self.way == "torch":
+            self.average.update_parameters(self.net)
+            return
+        for mean, parameter in zip(self.average.parameters(), self.net.parameters(), strict=True):
+            mean.data.lerp_(parameter.data, 0.1)
+
+
+@pytest.mark.parametrize("way", ["torch", "hand"])
+def test_an_average_inside_of_the_module_is_sparse_and_a_teacher_is_left_alone(way: str) -> None:
+    model = Averaging(way)
+    before = copy.deepcopy(model.teacher)
+    callback, _ = fit(model, max_epochs=8)
+    assert_kept(model, callback)
+    assert alive(model.averaged()) == [K, K]
+    for one, other in zip(model.teacher.parameters(), before.parameters(), strict=True):
+        assert torch.equal(one, other)

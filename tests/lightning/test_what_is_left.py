@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
 
@@ -24,6 +26,146 @@ def test_a_dense_checkpoint_behind_the_freeze_point(arguments: Any, tmp_path: Pa
     model, callback = Net(), WGSEFCallback(k=K, **arguments)
     make_trainer([callback], max_epochs=10).fit(model, data(), ckpt_path=tmp_path / "dense.ckpt")
     assert callback.regularizer.pruners[0].total_steps == 4 * 8
+    assert callback.regularizer.frozen
+    assert alive(model.net) == [K, K]
+
+
+class Stop(pl.Callback):
+    """End after an epoch."""
+
+    def __init__(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = trainer.current_epoch == self.epoch
+
+
+def sized(batch_size: int) -> Any:
+    return torch.utils.data.DataLoader(data().dataset, batch_size=batch_size)
+
+
+# Epochs, batch size, settings of the Trainer, and how many steps are left after 16 of 80.
+CHANGED = {
+    "more epochs": (20, 8, {}, 144),
+    "fewer epochs": (5, 8, {}, 24),
+    "a smaller batch": (10, 4, {}, 8 * 16),
+    "a larger batch": (10, 16, {}, 8 * 4),
+    "both, and as many steps in all": (20, 16, {}, 18 * 4),
+    "a number of steps": (10, 8, {"max_steps": 50}, 34),
+    "accumulated": (10, 8, {"accumulate_grad_batches": 2}, 8 * 4),
+}
+
+
+@pytest.fixture(scope="module")
+def half_way(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint of a run of 10 epochs that ended after two, 16 of 40 steps to the freeze."""
+    return stopped(tmp_path_factory.mktemp("half") / "half.ckpt")
+
+
+def stopped(path: Path, **arguments: Any) -> Path:
+    trainer = make_trainer([WGSEFCallback(k=K, **arguments), Stop(1)], max_epochs=10)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "training ended before the mask was frozen")
+        trainer.fit(Net(), data())
+    trainer.save_checkpoint(path)
+    return path
+
+
+def resumed(
+    path: Path, epochs: int, size: int, capsys: pytest.CaptureFixture[str], **more: Any
+) -> tuple[Net, WGSEFCallback, str]:
+    model, callback = Net(), WGSEFCallback(k=K)
+    capsys.readouterr()
+    trainer = make_trainer([callback, Frozen()], max_epochs=epochs, **more)
+    trainer.fit(model, sized(size), ckpt_path=path, weights_only=True)
+    return model, callback, capsys.readouterr().out
+
+
+class Frozen(pl.Callback):
+    """Notes how many steps of this fit came before the freeze."""
+
+    steps: int | None = None
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        self.first, Frozen.steps = trainer.global_step, None
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        pruning = next(x for x in trainer.callbacks if isinstance(x, WGSEFCallback))
+        if pruning.regularizer.frozen and Frozen.steps is None:
+            Frozen.steps = trainer.global_step - self.first
+
+
+@pytest.mark.parametrize("change", CHANGED)
+def test_a_run_goes_on_over_the_steps_that_are_left(
+    change: str, half_way: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    epochs, size, settings, left = CHANGED[change]
+    model, callback, said = resumed(half_way, epochs, size, capsys, **settings)
+    assert f"64 steps were to come when the run was saved, {left} are now" in said
+    assert callback.regularizer.frozen
+    assert alive(model.net) == [K, K]
+    # 24 of 64 steps led to the freeze: as large a share of those that are left does.
+    assert Frozen.steps == pytest.approx(left * 24 / 64, abs=1)
+    assert f"the mask is fixed after {Frozen.steps} more" in said
+
+
+def test_nothing_is_said_where_nothing_changed(
+    half_way: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, callback, said = resumed(half_way, 10, 8, capsys)
+    assert "were to come" not in said
+    assert Frozen.steps == 24
+    assert callback.regularizer.pruners[0].total_steps == 80
+
+
+def test_a_number_of_steps_stays_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = stopped(tmp_path / "half.ckpt", freeze=40)
+    callback = WGSEFCallback(k=K, freeze=40)
+    make_trainer([callback, Frozen()], max_epochs=20).fit(
+        Net(), data(), ckpt_path=path, weights_only=True
+    )
+    assert Frozen.steps == 24
+    assert "were to come" not in capsys.readouterr().out
+
+
+class Thawing(Net):
+    """Its second layer is frozen for two epochs."""
+
+    def __init__(self, later: bool = False) -> None:
+        super().__init__()
+        self.net[2].requires_grad_(False)
+        self.later = later
+
+    def configure_optimizers(self) -> Any:
+        trained = [p for p in self.parameters() if p.requires_grad or not self.later]
+        return torch.optim.Adam(trained, 1e-2)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 2 and not self.net[2].weight.requires_grad:
+            self.net[2].requires_grad_(True)
+            if self.later:
+                self.optimizers().optimizer.add_param_group({"params": self.net[2].parameters()})
+
+
+@pytest.mark.parametrize("later", [False, True])
+def test_a_layer_that_thaws_is_said(later: bool) -> None:
+    callback = WGSEFCallback(k=K)
+    trainer = make_trainer([callback], max_epochs=4)
+    with pytest.warns(
+        UserWarning, match=r"^net\.2: frozen when the fit began.*include=\['net.2'\]"
+    ):
+        trainer.fit(Thawing(later), data())
+    assert list(callback.regularizer.masks) == ["net.4"]
+
+
+@pytest.mark.filterwarnings("ignore:net.2. no optimizer trains")
+@pytest.mark.filterwarnings("ignore:lam = Homotopy")
+def test_a_layer_that_was_included_joins(capsys: pytest.CaptureFixture[str]) -> None:
+    callback = WGSEFCallback(k=K, include=["net.2", "net.4"])
+    model = Thawing(later=True)
+    make_trainer([callback], max_epochs=8).fit(model, data())
+    said = capsys.readouterr().out
+    assert "net.2 began to train in epoch 2; their schedule runs over the 48 steps" in said
     assert callback.regularizer.frozen
     assert alive(model.net) == [K, K]
 
