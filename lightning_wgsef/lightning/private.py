@@ -37,13 +37,14 @@ def steps_left(trainer: Trainer) -> int | None:
     """Return how many optimizer steps a fit that starts or goes on has before it; None: unknown.
 
     ``estimated_stepping_batches`` counts those of all epochs by their length now, whatever was
-    trained at another batch size. ``batch_progress`` says how far into an epoch the run was.
+    trained at another batch size. The loops' progress says how far into an epoch the run was.
     """
     left = math.inf
     if trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches):
         accumulated = trainer.accumulate_grad_batches
-        progress = trainer.fit_loop.epoch_loop.batch_progress.current
-        inside = progress.ready if progress.ready != progress.completed else 0  # else at its end
+        epoch = trainer.fit_loop.epoch_progress.current
+        batches = trainer.fit_loop.epoch_loop.batch_progress.current
+        inside = batches.ready if epoch.started > epoch.processed else 0  # else of the one before
         epochs = int(trainer.max_epochs) - trainer.current_epoch
         left = epochs * -(-int(trainer.num_training_batches) // accumulated) - inside // accumulated
     if trainer.max_steps != -1:
