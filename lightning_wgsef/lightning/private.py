@@ -42,7 +42,7 @@ def steps_left(trainer: Trainer) -> int | None:
     left = math.inf
     if trainer.max_epochs not in (None, -1) and not math.isinf(trainer.num_training_batches):
         accumulated = trainer.accumulate_grad_batches
-        epoch = trainer.fit_loop.epoch_progress.current
+        epoch: Any = trainer.fit_loop.epoch_progress.current
         batches = trainer.fit_loop.epoch_loop.batch_progress.current
         inside = batches.ready if epoch.started > epoch.processed else 0  # else of the one before
         epochs = int(trainer.max_epochs) - trainer.current_epoch
