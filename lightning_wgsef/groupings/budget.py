@@ -1,8 +1,9 @@
-"""Budgets: k as a count or a share of groups or of costs, layer by layer or over all layers."""
+"""Budgets: k as a count, a share or a size, of groups or of costs, by layer or over all layers."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
@@ -11,22 +12,54 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.groupings.costs import Costs, group_costs
+from lightning_wgsef.groupings.costs import Costs, latency_costs
 from lightning_wgsef.groupings.patterns import matches
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.utils.validation import check_count_or_share
 
-Budget = int | float | Mapping[str, int | float]
+Budget = int | float | str | Mapping[str, int | float]
 
 SCOPES = ("layer", "global")
 
 # The budget where none is named.
 DEFAULT_K = 0.5
 
+# The names in `costs` that count the slim network, and what they may be called in a size.
+COUNTED = ("flops", "params")
+
+_UNITS = {
+    "flops": ("flop", "flops"),
+    "params": ("param", "params", "parameter", "parameters"),
+    "bytes": ("b", "byte", "bytes"),
+}
+
+_PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+
+_BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
+
+_NAMED_UNITS = "FLOPs, params, B; with k, M, G, T or Ki, Mi, Gi before them"
+
+
+def parsed_size(k: str) -> tuple[float, str] | None:
+    """Return a size in units, and what it counts: "flops", "params" or "bytes"; None if it is none.
+
+    >>> parsed_size("120 MFLOPs"), parsed_size("4 MB"), parsed_size("800 kparams")
+    ((120000000.0, 'flops'), (4000000.0, 'bytes'), (800000.0, 'params'))
+    >>> parsed_size("1 MiB"), parsed_size("5 miles")
+    ((1048576.0, 'bytes'), None)
+    """
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z]+)\s*", k.lower())
+    for measure, names in _UNITS.items() if match else ():
+        for prefix, factor in (_PREFIXES | _BINARY).items():
+            if match and match[2] in [prefix + name for name in names] and float(match[1]) > 0:
+                return float(match[1]) * factor, measure
+    return None
+
 
 def check_budget(k: Budget, scope: str = "layer") -> None:
-    """Raise `ValueError` unless k is a count, a share, or a mapping of patterns to either.
+    """Raise `ValueError` unless k is a count, a share, a size, or a mapping to counts or shares.
 
     >>> check_budget(1.5)
     Traceback (most recent call last):
@@ -35,8 +68,10 @@ def check_budget(k: Budget, scope: str = "layer") -> None:
     """
     if scope not in SCOPES:
         raise ValueError(f"scope must be 'layer' or 'global', got {scope!r}")
+    if isinstance(k, str) and parsed_size(k) is not None:
+        return
     if not isinstance(k, Mapping):
-        check_count_or_share("k", k, "groups")
+        check_count_or_share("k", k, "groups", *[_A_SIZE] * isinstance(k, str))
         return
     if scope == "global":
         raise ValueError(f"k must be one number with scope='global', got a mapping: {dict(k)}")
@@ -46,19 +81,47 @@ def check_budget(k: Budget, scope: str = "layer") -> None:
         check_count_or_share(f"k[{pattern!r}]", value, "groups")
 
 
+_A_SIZE = f"a size such as '120 MFLOPs', '4 MB' or '800 kparams' (units: {_NAMED_UNITS})"
+
+
+def measure_of(k: Budget, costs: Costs) -> str | None:
+    """Return what of the slim network the budget counts: "flops", "params", "bytes"; None: nothing.
+
+    Raises:
+        ValueError: k is a size in units of something else than ``costs`` says.
+
+    >>> measure_of("4 MB", None), measure_of(0.4, "flops"), measure_of(0.4, None)
+    ('bytes', 'flops', None)
+    """
+    size = parsed_size(k) if isinstance(k, str) else None
+    counted = costs if isinstance(costs, str) and costs in COUNTED else None
+    if size is None:
+        return counted
+    fitting = {"flops": ("flops",), "params": ("params",), "bytes": ("params",)}[size[1]]
+    if costs is not None and counted not in fitting:
+        given = repr(costs) if isinstance(costs, str) else type(costs).__name__
+        raise ValueError(
+            f"costs must be None or {fitting[0]!r} with k = {k!r}, which says what is counted, got "
+            f"{given}"
+        )
+    return size[1]
+
+
 def with_costs(
     model: nn.Module, layers: Sequence[GroupedLayer], costs: Costs, example_input: Any | None
 ) -> tuple[list[GroupedLayer], float]:
     """Give the layers these costs, and sum up what everything else in the model costs.
 
     Raises:
-        ValueError: see `group_costs`; or a tensor of another length than the groups.
+        ValueError: see `latency_costs`; or a tensor of another length than the groups.
     """
     if costs is None:
         return list(layers), 0.0
     rest, counts = 0.0, {layer.name: layer.count for layer in layers}
     if isinstance(costs, str):
-        found, rest = group_costs(model, Groups(layers), costs, example_input)
+        if example_input is None:
+            raise ValueError(f"costs={costs!r} needs an example_input, a tensor or a tuple of them")
+        found, rest = latency_costs(model, Groups(layers), example_input)
     elif isinstance(costs, Tensor):
         if len(costs) != sum(counts.values()):
             raise ValueError(
@@ -90,7 +153,7 @@ def check_used(layers: Sequence[GroupedLayer], k: Budget) -> None:
             )
 
 
-def layer_budget(layer: GroupedLayer, k: Budget) -> float:
+def layer_budget(layer: GroupedLayer, k: int | float | Mapping[str, int | float]) -> float:
     """Return the budget of one layer, which admits at least one group, or those it must keep.
 
     A share is rounded up to a number of groups that the layer runs with.
@@ -150,6 +213,73 @@ def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -
             f"of every layer, and {total:g}, that of all groups"
         )
     return budget
+
+
+def size_limit(size: SlimSize, layers: Sequence[GroupedLayer], k: int | float | str) -> float:
+    """Return the largest size of the slim network that k allows.
+
+    Args:
+        size: of the slim network.
+        layers: the layers, with their costs.
+        k: a number of units, a share of the dense network, or a size.
+
+    Raises:
+        ValueError: more than the dense network has, or less than a group of every layer may leave.
+    """
+    total, least = float(size.total), float(size.of(_dearest(size, layers, [1] * len(layers))))
+    named = parsed_size(k) if isinstance(k, str) else None
+    if named is not None:
+        limit = named[0]
+    else:
+        limit = float(k) if isinstance(k, Integral) else float(k) * total
+    if not least <= limit <= total:
+        raise ValueError(
+            f"k = {k!r}, {limit:,.0f} {size.unit} of the slim network, must lie between "
+            f"{least:,.0f} ({least / total:.1%}), what one group of every layer may leave, and "
+            f"{total:,.0f}, the dense network"
+        )
+    return limit
+
+
+def alike_budgets(
+    size: SlimSize, layers: Sequence[GroupedLayer], limit: float
+) -> list[GroupedLayer]:
+    """Give every layer the same share of its groups, to within one, the largest that fits a size.
+
+    Whichever groups they are: of a layer whose groups differ, the dearest are counted.
+    """
+    shares = sorted(
+        ((index - 0.5) / layer.count, number)
+        for number, layer in enumerate(layers)
+        for index in range(2, layer.count + 1)
+    )
+
+    def numbers(more: int) -> list[int]:
+        kept = [1] * len(layers)
+        for _, number in shares[:more]:
+            kept[number] += 1
+        return kept
+
+    low, high = 0, len(shares)
+    while low < high:
+        middle = (low + high + 1) // 2
+        fits = float(size.of(_dearest(size, layers, numbers(middle)))) <= limit * (1 + 1e-12)
+        low, high = (middle, high) if fits else (low, middle - 1)
+    return [
+        replace(layer, budget=float(number), costs=None)
+        for layer, number in zip(layers, numbers(low), strict=True)
+    ]
+
+
+def _dearest(size: SlimSize, layers: Sequence[GroupedLayer], numbers: Sequence[int]) -> Tensor:
+    """Return so many of the dearest groups of every layer, as booleans over all groups."""
+    costs = size.costs(torch.ones_like(size.kinds, dtype=torch.bool))
+    parts = torch.split_with_sizes(costs, [layer.count for layer in layers])
+    alive = [
+        torch.zeros_like(part, dtype=torch.bool).index_fill_(0, part.topk(number).indices, True)
+        for part, number in zip(parts, numbers, strict=True)
+    ]
+    return torch.cat(alive)
 
 
 def _layer_budget_in_costs(layer: GroupedLayer, k: int | float, costs: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""Costs of groups: weights, operations or time, measured in one model."""
+"""Costs of groups: by the name of what is counted, measured times, or tensors."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.latency import layer_latencies
 
 Costs = Literal["flops", "latency", "params"] | Tensor | Mapping[str, Tensor] | None
@@ -21,51 +20,33 @@ _NAMES = ("flops", "latency", "params")
 _KNOWN = ", ".join(map(repr, _NAMES))
 
 
-def group_costs(
-    model: nn.Module, groups: Groups, costs: str, example_input: Any | None = None
+def latency_costs(
+    model: nn.Module, groups: Groups, example_input: Any
 ) -> tuple[dict[str, Tensor], float]:
-    r"""Measure what every group of ``model`` costs, and what everything outside of groups costs.
+    r"""Measure the time that every group of ``model`` takes, and everything outside of groups.
 
-    ``"params"`` counts the weights of a group. ``"flops"`` and ``"latency"`` share what a layer
-    costs in one forward pass, C, by the number n of a group's weights in the largest member:
+    What a layer takes in one forward pass, C, is shared by the number n of a group's weights in the
+    largest member:
 
     .. math:: c_j = C \, n_j / \sum_i n_i
 
-    Returns the costs in every grouped layer, float64 of shape (count,), and the rest. Together they
-    are the cost of the model (for medians of times: about). ``example_input`` is a tensor, or a
-    tuple of the arguments of ``forward``; ``"params"`` needs none.
+    Returns the costs in every grouped layer, in seconds, float64 of shape (count,), and the rest.
+    Together they are about the time of the model, for they are medians. ``example_input`` is a
+    tensor, or a tuple of the arguments of ``forward``.
 
     Raises:
-        ValueError: an unknown name, no or an unfit example_input, a group that costs nothing.
-
-    >>> from lightning_wgsef.groupings.group_parameters import group_parameters
-    >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    >>> group_costs(network, group_parameters(network), "flops", torch.ones(1, 4))
-    ({'1': tensor([4., 4., 4.], dtype=torch.float64)}, 24.0)
+        ValueError: an unfit example_input, a group that costs nothing.
     """
-    if not isinstance(costs, str) or costs not in _NAMES:
-        raise ValueError(f"costs must be one of {_KNOWN}, got {costs!r}")
-    if costs != "params" and example_input is None:
-        raise ValueError(f"costs={costs!r} needs an example_input, a tensor or a tuple of them")
-    measured: Mapping[str, float]
-    whole: float
-    if costs == "params":
-        found = {layer.name: layer.sizes() for layer in groups.layers}
-        measured = {name: float(sizes.sum()) for name, sizes in found.items()}
-        whole = sum(parameter.numel() for parameter in model.parameters())
-    else:
-        measure = layer_flops if costs == "flops" else layer_latencies
-        measured, whole = measure(model, example_input)
-        found = {x.name: measured.get(x.name, 0) * _shares(x) for x in groups.layers}
+    measured, whole = layer_latencies(model, example_input)
+    found = {x.name: measured.get(x.name, 0) * _shares(x) for x in groups.layers}
     for layer in groups.layers:
         free = (~(found[layer.name] > 0)).nonzero()
         if len(free):
             reason = f"group {int(free[0])} has no weights in '{layer.largest_member.name}'"
-            if costs != "params" and not measured.get(layer.name):
+            if not measured.get(layer.name):
                 reason = "example_input runs through no convolution or dense layer of this name"
-                reason += " (costs='params' needs none)"
             raise ValueError(
-                f"costs={costs!r}: groups of layer '{layer.name}' ({layer.grouping}) cost nothing: "
+                f"costs='latency': groups of layer '{layer.name}' ({layer.grouping}) cost nothing: "
                 f"{reason}; exclude the layer or give costs as tensors"
             )
     return found, max(0.0, float(whole - sum(measured[name] for name in found)))

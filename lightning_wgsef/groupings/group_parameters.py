@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_wgsef.groupings.budget import (
     DEFAULT_K,
     Budget,
+    alike_budgets,
     check_budget,
     check_used,
     global_budget,
     layer_budget,
+    measure_of,
+    size_limit,
     with_costs,
 )
 from lightning_wgsef.groupings.costs import Costs, check_costs
@@ -30,6 +34,7 @@ from lightning_wgsef.groupings.registry import (
     needs_interface,
 )
 from lightning_wgsef.groupings.removability import with_invariance
+from lightning_wgsef.groupings.slim_size import slim_size
 from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps, on_model
 from lightning_wgsef.groups.groups import Groups
@@ -60,7 +65,8 @@ def group_parameters(
         k: the budget of every layer: a number of groups (int), a share of its groups (float in
             (0, 1], rounded to the nearest number, at least one), or a mapping from patterns of
             layer names to either; the first pattern that matches a layer counts, and layers
-            that none matches are left out.
+            that none matches are left out. Or the size of the whole slim network, such as
+            "120 MFLOPs" (of one sample), "4 MB" (parameters and buffers) or "800 kparams".
         include: patterns of layer names; only these are grouped. A layer that is left out by rule
             (the image's channels, the classifier's outputs, frozen layers, and of `structure` what
             could not be taken out) is grouped if ``include`` gives its exact name.
@@ -71,11 +77,13 @@ def group_parameters(
             "sqrt_size", "layer_norm" (see `with_weights`), a tensor with an entry for every group,
             layer after layer, or a mapping from layer names to tensors. None: "uniform", or with
             ``scope="global"`` "layer_norm", which makes layers comparable.
-        costs: what a group costs, and thereby the unit of k: None, 1; "params", its weights;
-            "flops" and "latency", its share of its layer's, measured on ``example_input``; a tensor
-            with an entry for every group, layer after layer, or a mapping from layer names to
-            tensors. A share k is one of the layer's cost, or with "global" one of the whole
-            model's, including what is not grouped.
+        costs: what a group costs, and thereby the unit of k: None, 1; "params" and "flops", what
+            `slim` takes out of the network with it, of everything that makes or reads it: with
+            ``scope="global"`` the slim network has at most the share k of the dense one's, what is
+            not grouped included, to within one group; else k is a share of what the layer's own
+            groups cost. "latency", its share of its layer's time; a tensor with an entry for every
+            group, layer after layer, or a mapping from layer names to tensors. With names an
+            ``example_input`` is needed; groups that cannot be taken out are left out.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them. With
             it, the claim that zero groups can be taken out is tried, see `zero_invariance`.
         overlap: what happens to a layer that claims weights of a layer before it: "error", or
@@ -95,6 +103,13 @@ def group_parameters(
     left out: 0: first layer: its channels are the network's input
     """
     check_arguments(grouping, k, scope=scope, weights=weights, costs=costs, overlap=overlap)
+    measure = measure_of(k, costs)
+    if measure is not None and example_input is None:
+        what = f"k = {k!r}" if isinstance(k, str) else f"costs={costs!r}"
+        raise ValueError(
+            f"{what} needs an example_input, a tensor or a tuple of them: it counts the network "
+            "that slim makes"
+        )
     plain = unsharded_copy(model)
     interface = network_interface(plain, example_input) if needs_interface(grouping) else None
     found = find_groups(plain, grouping, example_input, interface)
@@ -131,15 +146,35 @@ def group_parameters(
         layers = [layer for layer in layers if layer.name not in useless]
         if not layers:
             raise _nothing(plain, grouping, left_out)
+    size = None
+    if measure is not None:
+        left_out |= {x.name: _stays(x) for x in layers if not x.removable}
+        layers = [layer for layer in layers if layer.removable]
+        if not layers:
+            raise _nothing(plain, grouping, left_out)
+        size = slim_size(plain, layers, measure, example_input)
+        costs = size.costs(torch.ones_like(size.kinds, dtype=torch.bool))
     layers = with_exact_statistics(plain, layers, example_input)
     layers, rest = with_costs(plain, layers, costs, example_input)
     layers = with_weights(layers, weights, scope)
     if plain is not model:
         layers = on_model(layers, model)
+    limit: float | None = None
+    if (
+        size is not None
+        and not isinstance(k, Mapping)
+        and (scope == "global" or isinstance(k, str))
+    ):
+        limit = size_limit(size, layers, k)
     if scope == "global":
-        assert not isinstance(k, Mapping)
-        groups = Groups(layers, left_out, global_budget(layers, k, rest))
+        if limit is None:
+            assert isinstance(k, int | float)
+            limit = global_budget(layers, k, rest)
+        groups = Groups(layers, left_out, limit, size=size)
+    elif size is not None and limit is not None:
+        groups = Groups(alike_budgets(size, layers, limit), left_out, size=size, limit=limit)
     else:
+        assert not isinstance(k, str)
         groups = Groups([replace(x, budget=layer_budget(x, k)) for x in layers], left_out)
     groups.check_disjoint()
     return groups
@@ -160,6 +195,7 @@ def check_arguments(
     check_grouping(grouping)
     check_weights(weights)
     check_costs(costs)
+    measure_of(k, costs)
     if overlap not in ("error", "first"):
         raise ValueError(f"overlap must be 'error' or 'first', got {overlap!r}")
 
@@ -209,6 +245,12 @@ def _zeros_without_use(layers: Sequence[GroupedLayer], included: Sequence[str]) 
         for layer in layers
         if layer.grouping == "structure" and layer.obstacle and layer.name not in included
     }
+
+
+def _stays(layer: GroupedLayer) -> str:
+    """Say why a layer has no part in a size of the slim network."""
+    why = layer.obstacle or f"those of {layer.grouping!r} stay in place"
+    return f"its groups cannot be taken out, so that they do not count: {why}"
 
 
 def _nothing(model: nn.Module, grouping: Grouping, left_out: Mapping[str, str]) -> ValueError:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps
 from lightning_wgsef.groups.layout import Layout, joined_layers
+from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.penalties.segments import Segments
 from lightning_wgsef.utils.tables import format_table
 
@@ -35,12 +36,16 @@ class Groups:
         left_out: name of every layer that is not grouped, and the reason.
         is_global: do all layers compete for one budget?
         budgets: K of every segment, shape (S,): of every layer, or of all together.
+        size: of the slim network by the groups alive, where the budget counts that; else None.
+        limit: the largest size of the slim network; None: none was named.
         counts: number of groups of every layer.
         dtype: float64 where any weight is, else float32.
         device: where vectors over groups are.
 
     Args:
         budget: one budget for all layers; None: every layer has its own.
+        size: see above; ``budget`` is the limit then.
+        limit: see above, where every layer has its own budget.
 
     >>> from lightning_wgsef.groups.members import Member
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -58,6 +63,9 @@ class Groups:
         layers: Iterable[GroupedLayer],
         left_out: Mapping[str, str] | None = None,
         budget: float | None = None,
+        *,
+        size: SlimSize | None = None,
+        limit: float | None = None,
     ) -> None:
         self.layers = tuple(layers)
         self.left_out = dict(left_out or {})
@@ -77,6 +85,8 @@ class Groups:
             _refuse_n_of_m(self.layers)
             budgets = [budget]
         self.budgets = torch.tensor(budgets, dtype=torch.float64).to(self.device)
+        self.size = None if size is None else size.to(self.device)
+        self.limit = limit if budget is None else budget
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -109,7 +119,11 @@ class Groups:
 
     @cached_property
     def costs(self) -> Tensor | None:
-        """Costs c_j, shape (m,), float64, since their last digits decide what fits; None: 1."""
+        """Costs c_j, shape (m,), float64, since their last digits decide what fits; None: 1.
+
+        Where the budget is a size of the slim network, what a group costs at the widths that fitted
+        the last budget; a resumed run sets those of before.
+        """
         costs = [layer.costs for layer in self.layers]
         return joined_layers(costs, self.counts, torch.float64, self.device)
 
@@ -122,6 +136,8 @@ class Groups:
     @property
     def totals(self) -> Tensor:
         """What all groups that compete for one budget cost, shape (S,)."""
+        if self.is_global and self.size is not None:
+            return self.size.total.view(1)
         if any(layer.m for layer in self.layers):  # which have no costs
             counts = [layer.m or layer.count for layer in self.layers]
             return torch.tensor(counts, dtype=torch.float64, device=self.device)
@@ -200,7 +216,13 @@ class Groups:
             for row, layer in zip(rows, self.layers, strict=True):
                 row.insert(4 + place, _range(layer.weights if name == "weight" else layer.costs))
         lines = [format_table(header, rows)]
-        if self.is_global:
+        if self.size is not None and self.limit is not None:
+            total = float(self.size.total)
+            lines.append(
+                f"size of the slim network: at most {self.limit:,.0f} of {total:,.0f} "
+                f"{self.size.unit} ({self.limit / total:.1%})"
+            )
+        elif self.is_global:
             costs = self.costs if self.costs is not None else torch.ones(len(self))
             lines.append(f"budget of all: {float(self.budgets[0]):g} of {float(costs.sum()):g}")
         lines += [f"left out: {name}: {reason}" for name, reason in self.left_out.items()]

@@ -99,7 +99,8 @@ class WGSEFCallback(Callback):
 
     Args:
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
-            mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
+            mapping from patterns of layer names to either; or the size of the slim network, such as
+            "120 MFLOPs", "4 MB" or "800 kparams"; or a `CubicRamp` down to one of these.
         lam: how hard groups compete: a number, with which the paper's step starts and from which it
             rises until the budget is reached; None: chosen by the length of training; or a
             schedule, such as `Homotopy`, or `Constant`, the paper's step all the way.
@@ -109,8 +110,9 @@ class WGSEFCallback(Callback):
         scope: "layer", or "global": all layers compete for one budget.
         weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", or
             tensors.
-        costs: what a group costs: None (1), "params", "flops", "latency", or tensors.
-        example_input: for what follows a forward pass ("structure", "layer", "flops", "latency");
+        costs: what a group costs: None (1), "params" or "flops" (with ``scope="global"`` k is then
+            the share of the slim network), "latency", or tensors.
+        example_input: for what follows a forward pass ("structure", "layer", sizes and costs);
             None: the module's ``example_input_array``.
         overlap: "error", or "first": leave a layer out that claims weights of one before it.
         include: patterns of layer names; only these are grouped.

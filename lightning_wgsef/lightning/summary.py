@@ -6,7 +6,8 @@ import math
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from lightning_wgsef.lightning.private import logged_step
 from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
@@ -83,11 +84,11 @@ class PruningSummary:
             return
         self.announced = True
         if self.talks:
-            masks = self.regularizer.masks.values()
+            masks = list(self.regularizer.masks.values())
             alive, total = sum(int(x.sum()) for x in masks), sum(map(len, masks))
             trainer.print(
                 f"{self.prefix}: mask fixed after step {trainer.global_step}: {alive} of {total} "
-                f"groups alive, within a budget of {self._budget():g}"
+                f"groups alive{self._kept(torch.cat(masks))}"
             )
 
     def log(self, trainer: Trainer) -> None:
@@ -126,6 +127,17 @@ class PruningSummary:
         for dashboard in self.dashboards:
             dashboard.draw(norms, logged_step(trainer))
             dashboard.finish(str(report), share, logged_step(trainer))
+
+    def _kept(self, alive: Tensor) -> str:
+        """Say what of the budget is used, as a size of the slim network where that is named."""
+        groups = self.regularizer.groups
+        if groups.size is None or groups.limit is None:
+            return f", within a budget of {self._budget():g}"
+        left, dense = float(groups.size.of(alive.to(groups.device))), float(groups.size.total)
+        return (
+            f"; the slim network has {left:,.0f} {groups.size.unit}, {left / dense:.1%} of the "
+            f"dense one's (asked for: at most {groups.limit:,.0f}, {groups.limit / dense:.1%})"
+        )
 
     def _budget(self) -> float:
         """Return the budget of all groups; of n:m as many as stay in all rows of m."""

@@ -228,7 +228,9 @@ def within_masks(groups: Groups, masks: Mapping[str, Tensor]) -> Groups:
         budget = float(costs.double()[alive].sum()) or float(costs.min())  # a budget is positive
         layers.append(layer if layer.m else replace(layer, budget=budget))
     of_all = sum(layer.budget for layer in layers) if groups.is_global else None
-    return Groups(layers, groups.left_out, of_all)
+    if groups.is_global and groups.size is not None:
+        of_all = float(groups.size.of(torch.cat([masks[x.name] for x in layers]).to(groups.device)))
+    return Groups(layers, groups.left_out, of_all, size=groups.size)
 
 
 def apply_masks(groups: Groups, masks: Mapping[str, Tensor]) -> None:

@@ -144,8 +144,13 @@ class ProximalStep:
         if self._metric is not None and self._exact:
             self._take_in_metric(self._metric, norms, budgets, allowed)
             return
-        factors = self._factors(Scope(self.groups, norms, budgets))
+        scope = Scope(self.groups, norms, budgets)
+        factors = self._factors(scope)
         self.scale_(factors if allowed is None else torch.where(allowed, factors, 1))
+        if self.groups.size is not None and scope.fitting is not None:
+            # A size is linearised at what fitted it last; a step that was not taken has no say.
+            fitting = scope.fitting if allowed is None else scope.fitting | ~allowed
+            self.groups.costs = self.groups.size.costs(fitting)
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:
@@ -167,6 +172,8 @@ class ProximalStep:
         """Return which groups the projection onto the budgets keeps, booleans of shape (m,)."""
         self.groups.layout.weigh(norms)
         scope = Scope(self.groups, norms, budgets)
+        if scope.fitting is not None:
+            return scope.fitting & (norms > 0)
         factors = prox_multipliers(
             self._in_metric_of_weights(scope.norms),
             1.0,
@@ -189,6 +196,8 @@ class ProximalStep:
                 debias=1.0,
                 anchored=True,
             )
+            if scope.fitting is not None:  # whatever the order of equals is
+                factors = torch.where(scope.fitting & (norms > 0), 1, factors)
             return scope.with_kept(factors, 1.0)
         if groups.is_global:
             # In the metric of the weights, which make layers comparable: they are no heavier ridge.

@@ -48,7 +48,8 @@ class WGSEF:
     Args:
         model: the network.
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
-            mapping from patterns of layer names to either; or a `CubicRamp` down to one of these.
+            mapping from patterns of layer names to either; the size of the slim network, such as
+            "120 MFLOPs"; or a `CubicRamp` down to one of these.
             Ignored with ``masks``.
         lam: how strongly groups compete: a number, the paper's :math:`\lambda`, with which a
             `Homotopy` starts (step size learning rate times lam); None, chosen by the length of

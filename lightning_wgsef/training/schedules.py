@@ -230,7 +230,7 @@ class CubicRamp:
     [0.421875, 0.125, 0.015625, 0.0, 0.0]
     """
 
-    k: int | float | Mapping[str, int | float] = 0.5
+    k: int | float | str | Mapping[str, int | float] = 0.5
     length: int | float = 0.5
 
     def __post_init__(self) -> None:

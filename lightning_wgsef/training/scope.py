@@ -14,18 +14,23 @@ class Scope:
 
     Where all layers compete for one budget, a layer that lost all its groups would cut the network
     in two. Therefore the strongest group of every layer is kept: its cost is taken from the budget,
-    and the others compete for the rest.
+    and the others compete for the rest. Where the budget is a size of the slim network, it is
+    counted exactly which groups fit it in the order of their strengths, and what they cost by the
+    linear costs is the budget of the prox.
 
     Attributes:
         norms: norms of the groups, shape (m,), 0 for those that are kept.
         budgets: what is left for the others, shape (S,).
         kept: booleans, shape (m,); None: every layer has its own budget.
+        fitting: which groups fit the size of the slim network, booleans, shape (m,); None: the
+            budget is none.
     """
 
     def __init__(self, groups: Groups, norms: Tensor, budgets: Tensor) -> None:
         self.norms = norms
         self.budgets = budgets
         self.kept: Tensor | None = None
+        self.fitting: Tensor | None = None
         if groups.is_global:
             strongest = norms if groups.weights is None else norms * groups.weights.sqrt()
             strongest = strongest if groups.costs is None else strongest / groups.costs.sqrt()
@@ -33,9 +38,13 @@ class Scope:
             places = torch.stack(firsts) + groups.layout.starts
             self.kept = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, places, True)
             costs = torch.ones_like(norms) if groups.costs is None else groups.costs
-            taken = (costs.double() * self.kept).sum()
+            if groups.size is None:
+                left = budgets - (costs.double() * self.kept).sum()
+            else:
+                self.fitting = groups.size.fitting(strongest, self.kept, budgets[0])
+                left = (costs * (self.fitting & ~self.kept)).sum().view(1)
             # At least as much as nothing: budgets are positive numbers.
-            self.budgets = (budgets - taken).clamp(min=1e-9)
+            self.budgets = left.clamp(min=1e-9)
             self.norms = norms.masked_fill(self.kept, 0)
 
     def with_kept(self, per_group: Tensor, value: Tensor | float) -> Tensor:

@@ -75,8 +75,10 @@ def check_number(
         raise ValueError(f"{name} must be a finite number, {wanted}{bound}, got {value!r}")
 
 
-def check_count_or_share(name: str, value: object, unit: str) -> None:
+def check_count_or_share(name: str, value: object, unit: str, *others: str) -> None:
     """Raise `ValueError` unless ``value`` is a count (int >= 1) or a share (float in (0, 1]).
+
+    The message names ``others`` that would be accepted, too.
 
     >>> check_count_or_share("k", 1.5, "groups")
     Traceback (most recent call last):
@@ -89,8 +91,8 @@ def check_count_or_share(name: str, value: object, unit: str) -> None:
         valid = isinstance(value, Real) and 0 < float(value) <= 1
     if not valid or isinstance(value, bool):
         raise ValueError(
-            f"{name} must be a number of {unit} (int >= 1) or a share (float in (0, 1]), "
-            f"got {value!r}"
+            f"{name} must be a number of {unit} (int >= 1) or a share (float in (0, 1])"
+            f"{''.join(f', or {other}' for other in others)}, got {value!r}"
         )
 
 

@@ -9,7 +9,8 @@ from torch import nn
 from torch.backends import mha
 
 from lightning_wgsef import GroupedLayer, Groups, Member, group_parameters
-from lightning_wgsef.groupings.costs import check_costs, group_costs
+from lightning_wgsef.groupings.budget import check_budget, parsed_size
+from lightning_wgsef.groupings.costs import check_costs, latency_costs
 from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.latency import layer_latencies
 from tests.helpers.groups import conv_network, raises_naming
@@ -60,10 +61,6 @@ def scales(model):
     """A grouping of one's own: the scales of a norm."""
     member = Member("norm1.weight", model.norm1.weight, (0,))
     return Groups([GroupedLayer("norm1", "scale", 6, (member,))])
-
-
-def total(costs):
-    return sum(float(cost.sum()) for cost in costs.values())
 
 
 # --- operations of layers ----------------------------------------------------------------------
@@ -259,76 +256,52 @@ def test_the_first_error_is_kept(measure):
 # --- costs of groups ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("costs", ["params", "flops", "latency"])
-@pytest.mark.parametrize("grouping", ["channel", "filter", "element"])
-def test_groups_and_rest_are_the_whole(grouping, costs):
+def priced(model, costs, example, **arguments):
+    """What the groups of every layer cost."""
+    groups = group_parameters(model, costs=costs, example_input=example, **arguments)
+    return {layer.name: layer.costs.tolist() for layer in groups.layers}, groups
+
+
+@pytest.mark.parametrize("grouping", ["channel", "filter"])
+def test_times_of_groups_and_the_rest_are_the_whole(grouping):
     model = conv_network()
-    groups = group_parameters(model, grouping, exclude="fc" if grouping == "element" else None)
-    found, rest = group_costs(model, groups, costs, IMAGES)
+    groups = group_parameters(model, grouping)
+    found, rest = latency_costs(model, groups, IMAGES)
     assert {name: len(cost) for name, cost in found.items()} == {
         layer.name: layer.count for layer in groups.layers
     }
     assert all(c.dtype == torch.float64 and bool((c > 0).all()) for c in found.values())
     assert rest >= 0
     assert isinstance(rest, float)
-    if costs == "params":
-        assert total(found) + rest == sum(p.numel() for p in model.parameters())
-    if costs == "flops":
-        assert total(found) + rest == pytest.approx(layer_flops(model, IMAGES)[1], rel=1e-14)
 
 
 def test_weights_by_hand():
-    model = conv_network()
-    found, rest = group_costs(model, group_parameters(model, "filter", exclude="conv2"), "params")
-    assert found.keys() == {"conv1"}
-    assert found["conv1"].tolist() == [18 + 1 + 2] * 6
-    assert rest == (216 + 4) + (12 + 3)
+    """A filter, its bias, its norm, and what reads it: 9 weights of each of 4 filters."""
+    found, _ = priced(conv_network(), "params", IMAGES, grouping="filter", exclude="conv2")
+    assert found == {"conv1": [18 + 1 + 2 + 36] * 6}
 
 
 def test_operations_by_hand():
-    model = conv_network()
-    found, rest = group_costs(model, group_parameters(model, "channel"), "flops", IMAGES)
-    assert found["conv2"].tolist() == [2 * 5 * 16 * 4 * 9] * 6
-    assert found["fc"].tolist() == [2 * 5 * 3] * 4
-    assert rest == 2 * 5 * 36 * 6 * 2 * 9
+    """Of one sample: columns, and the filters that make what they read."""
+    found, _ = priced(conv_network(), "flops", IMAGES, grouping="channel")
+    made, read, last = 2 * 36 * 2 * 9, 2 * 16 * 4 * 9, 2 * 16 * 6 * 9
+    assert found == {"conv2": [made + read] * 6, "fc": [last + 2 * 3] * 4}
 
 
 def test_parts_of_a_grouped_convolution():
+    """Its parts lose the same places: two groups, each a channel of both."""
     model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 6, 3, groups=2))
-    groups = group_parameters(model, "channel")
-    found, rest = group_costs(model, groups, "flops", torch.ones(7, 4, 5, 5))
-    assert found["1"].tolist() == [2 * 7 * 9 * 3 * 9] * 4
-    assert rest == 2 * 7 * 25 * 16
+    found, groups = priced(model, "flops", torch.ones(7, 4, 5, 5), grouping="structure")
+    assert found == {"0": [2 * 2 * 25 * 4 + 2 * 9 * 6 * 9] * 2}
+    assert groups.layers[0].count == 2
 
 
-def test_attention_is_in_the_rest():
-    model = Attention(fused=True)
-    groups = group_parameters(model, "channel", include=["project", "head"])
-    found, rest = group_costs(model, groups, "flops", torch.ones(2, 5, 8))
-    assert found["project"].tolist() == [2 * 10 * 24] * 8
-    assert rest == 2 * (2 * 2 * 2 * 25 * 4)
-
-
-def test_tied_weights_count_once():
-    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 4))
-    model[2].weight = model[1].weight
-    found, rest = group_costs(model, group_parameters(model), "params")
-    assert (total(found), rest) == (16, 12 + 3 * 4)
-
-
-def test_shares_follow_the_largest_member():
-    """Two of four rows in group 0, one in group 1, one in none; the bias has no say."""
-    model = nn.Sequential(nn.Linear(3, 4))
-    index = torch.tensor([0, 1, 0, -1])
-    rows = Member("0.weight", model[0].weight, (0,), index)
-    bias = Member("0.bias", model[0].bias, (0,), torch.tensor([1, 1, 1, 1]))
-    groups = Groups([GroupedLayer("0", "mine", 2, (rows, bias))])
-    found, rest = group_costs(model, groups, "flops", torch.ones(1, 3))
-    assert found["0"].tolist() == [16, 8]
-    assert rest == 0
-    found, rest = group_costs(model, groups, "params")
-    assert found["0"].tolist() == [6, 3 + 4]
-    assert rest == 3
+def test_attention_is_counted():
+    """A head is its rows and columns, and its part of both products of attention."""
+    model = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True)
+    found, _ = priced(model, "flops", torch.ones(2, 5, 8), grouping="head")
+    rows, columns, products = 2 * 5 * 12 * 8, 2 * 5 * 4 * 8, 2 * 2 * 25 * 4
+    assert found == {"self_attn": [rows + columns + products] * 2}
 
 
 def test_the_rest_of_the_time_is_not_negative(monkeypatch):
@@ -337,73 +310,121 @@ def test_the_rest_of_the_time_is_not_negative(monkeypatch):
     monkeypatch.setattr(
         "lightning_wgsef.groupings.costs.layer_latencies", lambda *_: ({"0": 1.0, "1": 3.0}, 2.5)
     )
-    found, rest = group_costs(model, group_parameters(model), "latency", torch.ones(1, 3))
+    found, rest = latency_costs(model, group_parameters(model), torch.ones(1, 3))
     assert (found["1"].tolist(), rest) == ([0.75] * 4, 0.0)
-
-
-def test_a_group_of_a_norm_has_weights():
-    model = conv_network()
-    found, rest = group_costs(model, group_parameters(model, scales, 3), "params")
-    assert found["norm1"].tolist() == [1] * 6
-    assert rest == sum(p.numel() for p in model.parameters()) - 6
 
 
 # --- errors ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("costs", ["flop", "", None, 3, ["flops"], torch.ones(3)])
-def test_an_unknown_name(costs):
-    model = conv_network()
-    with raises_naming("costs", "'flops'", "'latency'", "'params'", repr(costs)):
-        group_costs(model, group_parameters(model), costs, IMAGES)
-
-
-@pytest.mark.parametrize("costs", ["flops", "latency"])
+@pytest.mark.parametrize("costs", ["params", "flops", "latency"])
 def test_an_example_is_needed(costs):
-    model = conv_network()
     with raises_naming(f"costs='{costs}' needs an example_input"):
-        group_costs(model, group_parameters(model), costs)
+        group_parameters(conv_network(), costs=costs)
 
 
-@pytest.mark.parametrize("costs", ["flops", "latency"])
-def test_a_layer_that_is_not_called(costs):
+def test_an_example_that_does_not_run():
+    with raises_naming("example_input must be what", "(5, 3, 8, 8)"):
+        group_parameters(conv_network(), costs="flops", example_input=torch.ones(5, 3, 8, 8))
+
+
+def test_a_layer_whose_time_is_not_measured():
     model = nn.Sequential(OrderedDict(used=nn.Linear(4, 4), unused=nn.Linear(4, 4)))
     model.forward = lambda inputs: model.used(inputs)
     groups = group_parameters(model, include=["used", "unused"])
-    with raises_naming("'unused'", costs, "exclude", "example_input"):
-        group_costs(model, groups, costs, torch.ones(1, 4))
+    with raises_naming("'unused'", "latency", "exclude", "example_input"):
+        latency_costs(model, groups, torch.ones(1, 4))
 
 
-def test_a_layer_without_operations():
-    """A batch of nothing."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    with raises_naming("'1'", "flops", "exclude"):
-        group_costs(model, group_parameters(model), "flops", torch.ones(0, 4))
-
-
-@pytest.mark.parametrize("costs", ["flops", "latency"])
-def test_groups_of_other_modules(costs):
+def test_times_of_groups_of_other_modules():
     model = conv_network()
-    with raises_naming("'norm1'", "scale", costs, "exclude", "'params'"):
-        group_costs(model, group_parameters(model, scales, 3), costs, IMAGES)
+    with raises_naming("'norm1'", "scale", "latency", "exclude"):
+        latency_costs(model, group_parameters(model, scales, 3), IMAGES)
 
 
-@pytest.mark.parametrize("costs", ["params", "flops"])
-def test_a_group_without_weights(costs):
+def test_a_group_without_weights():
     model = nn.Sequential(nn.Linear(3, 4))
     member = Member("0.weight", model[0].weight, (0,), torch.tensor([0, 2, 2, -1]))
     groups = Groups([GroupedLayer("0", "mine", 3, (member,))])
     with raises_naming("'0'", "group 1", "costs", "0.weight"):
-        group_costs(model, groups, costs, torch.ones(1, 3))
+        latency_costs(model, groups, torch.ones(1, 3))
 
 
-def test_a_layer_of_groups_without_weights():
-    """No example is to blame for it."""
-    model = nn.Sequential(nn.Linear(3, 4))
-    member = Member("0.weight", model[0].weight, (0,), torch.full((4,), -1))
-    groups = Groups([GroupedLayer("0", "mine", 2, (member,))])
-    with raises_naming("'0'", "group 0", "0.weight"):
-        group_costs(model, groups, "params")
+@pytest.mark.parametrize("grouping", ["element", "filter_shape", "block:2x2"])
+def test_groups_that_stay_in_place_have_no_size(grouping):
+    with raises_naming("conv2", "stay in place", grouping):
+        group_parameters(conv_network(), grouping, costs="params", example_input=IMAGES)
+
+
+def test_a_layer_that_is_tied_is_left_out():
+    """One of two layers that read the same channels cannot lose them alone."""
+    model = nn.Sequential(nn.Conv2d(2, 4, 1), nn.Flatten(), nn.Linear(16, 6), nn.Linear(6, 2))
+    _, groups = priced(model, "params", torch.ones(1, 2, 2, 2), scope="global", k=0.9)
+    assert [layer.name for layer in groups.layers] == ["3"]
+    assert "cannot be taken out, so that they do not count: groups 0 and 1" in groups.left_out["2"]
+
+
+# --- sizes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("k", "size"),
+    [
+        ("120 MFLOPs", (120e6, "flops")),
+        ("1.5gflops", (1.5e9, "flops")),
+        ("2e3 FLOP", (2e3, "flops")),
+        ("4 MB", (4e6, "bytes")),
+        ("4 MiB", (2**22, "bytes")),
+        ("64KB", (64e3, "bytes")),
+        ("512 bytes", (512, "bytes")),
+        ("800 kparams", (8e5, "params")),
+        ("1.2 M parameters", None),
+        ("3 Mparameters", (3e6, "params")),
+        ("5 miles", None),
+        ("MB", None),
+        ("0 MB", None),
+        ("-4 MB", None),
+        ("4", None),
+        ("inf MB", None),
+        ("", None),
+    ],
+)
+def test_units(k, size):
+    assert parsed_size(k) == size
+    if size is None:
+        with raises_naming("k must be", "'120 MFLOPs'", "FLOPs, params, B", repr(k)):
+            check_budget(k)
+
+
+@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("k", ["10 kFLOPs", "250 params", "1.3 kB"])
+def test_a_size_is_that_of_the_whole_slim_network(scope, k):
+    """Also where every layer has its own budget: then all keep the same share, to within one."""
+    model = conv_network()
+    groups = group_parameters(model, "structure", k, scope=scope, example_input=IMAGES)
+    limit, _ = parsed_size(k)
+    said = f"at most {limit:,.0f} of {float(groups.size.total):,.0f} {groups.size.unit}"
+    assert said in str(groups)
+    if scope == "layer":
+        kept = [int(layer.budget) for layer in groups.layers]
+        alive = [torch.arange(x.count) < n for x, n in zip(groups.layers, kept, strict=True)]
+        assert float(groups.size.of(torch.cat(alive))) <= limit
+        shares = [n / x.count for x, n in zip(groups.layers, kept, strict=True)]
+        steps = [1 / x.count for x in groups.layers]
+        assert max(shares) - min(shares) <= max(steps)
+        more = [torch.arange(x.count) <= n for x, n in zip(groups.layers, kept, strict=True)]
+        assert float(groups.size.of(torch.cat(more))) > limit
+
+
+@pytest.mark.parametrize("costs", ["params", "latency", torch.ones(3)])
+def test_a_size_in_other_units_than_the_costs(costs):
+    with raises_naming("costs must be None or 'flops'", "'2 kFLOPs'"):
+        group_parameters(conv_network(), k="2 kFLOPs", costs=costs, example_input=IMAGES)
+
+
+def test_a_size_of_one_layer_is_none():
+    with raises_naming("k['conv*'] must be a number of groups", "'2 kFLOPs'"):
+        check_budget({"conv*": "2 kFLOPs"})
 
 
 @pytest.mark.parametrize(

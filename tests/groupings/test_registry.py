@@ -141,7 +141,7 @@ def test_weights_as_tensors():
 
 
 def test_the_table_shows_weights_costs_and_obstacles():
-    text = str(weighted("layer_norm", costs="params"))
+    text = str(weighted("layer_norm", costs="params", example_input=torch.ones(1, 3, 5, 5)))
     header = ["layer", "grouping", "groups", "weights", "each", "weight", "cost", "budget"]
     assert text.splitlines()[0].split() == [*header, "removable"]
     assert "  28  " in text

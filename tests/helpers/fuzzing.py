@@ -197,12 +197,13 @@ def callbacks(draw: Any, network: Network, steps: int) -> dict[str, Any]:
     scope = draw(st.sampled_from(("layer", "layer", "layer", "global")))
     costs = draw(st.sampled_from((None, None, None, "params", "flops")))
     grouping = draw(groupings(network))
-    # Only convolutions and dense layers that are called by themselves have measured FLOPs.
-    if costs and not careless and (network.family == "transformer" or grouping == "layer"):
-        costs = "params"
-    # In n:m every few weights have a budget of their own, and no costs.
+    # In n:m every few weights have a budget of their own; what stays in place has no size.
     if (costs or scope == "global") and not careless:
-        grouping = {name: "filter" if ":" in x else x for name, x in named(grouping).items()}
+        stays = ("element", "filter_shape", "block") if costs else ()
+        grouping = {
+            name: "structure" if x.startswith(stays) and stays else "filter" if ":" in x else x
+            for name, x in named(grouping).items()
+        }
     budgets: st.SearchStrategy[Any] = st.floats(0.5, 1) if costs and not careless else shares()
     if careless or (scope == "layer" and not costs):
         budgets |= st.integers(1, 4 if careless else 1)

@@ -54,6 +54,7 @@ ARGUMENTS = {
     "k: 1": 1,
     "k: 1.0": 1.0,
     "k: 0.25": 0.25,
+    "k: 120 MFLOPs": "120 MFLOPs",
     "k: {net.2: 3, net.*: 0.5}": {"net.2": 3, "net.*": 0.5},
     "k: {net.*: 1, net.4: 1.0}": {"net.*": 1, "net.4": 1.0},
     "k: {class_path: lightning_wgsef.CubicRamp, init_args: {k: 3, length: 0.4}}": CubicRamp(3, 0.4),
@@ -247,7 +248,6 @@ def test_help_lists_every_argument_with_its_description(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("k: many", ["WGSEFCallback", '"k"', "many"]),
         ("k: {net.2: many}", ["WGSEFCallback", '"k"', "many"]),
         ("scope: all", ['"scope"', "'layer', 'global'", "all"]),
         ("metric: adam", ['"metric"', "'identity'", "adam"]),
@@ -280,6 +280,10 @@ def test_mistakes_that_the_parser_finds(
     ("text", "says"),
     [
         ("lam: -1", "lam must be a finite number, at least 0, got -1.0"),
+        (
+            "k: many",
+            "k must be a number of groups (int >= 1) or a share (float in (0, 1]), or a size",
+        ),
         ("k: 1.5", "k must be a number of groups (int >= 1) or a share (float in (0, 1]), got 1.5"),
         ("grouping: chanel", "got 'chanel'"),
         ("grouping: {net.2: chanel}", "got 'chanel'"),

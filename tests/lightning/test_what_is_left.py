@@ -196,7 +196,12 @@ def test_masks_of_weights_that_were_not_loaded(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"scope": "global"}, {"weights": "size"}, {"costs": "params"}]
+    "arguments",
+    [
+        {"scope": "global"},
+        {"weights": "size"},
+        {"costs": "params", "example_input": torch.zeros(1, 6)},
+    ],
 )
 def test_other_arguments_are_not_called_damage(arguments: Any) -> None:
     def attached(**more: Any) -> WGSEF:

@@ -34,6 +34,7 @@ RUNS: dict[str, dict[str, Any]] = {
         "metric": "auto",
         "weights": "layer_norm",
         "costs": "params",
+        "example_input": torch.zeros(1, 4, dtype=torch.float64),
     },
     "global": {"k": 0.5, "lam": Homotopy(length=6), "scope": "global"},
 }

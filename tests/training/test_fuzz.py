@@ -151,6 +151,10 @@ def check_budgets(
     for name, was in live.items():
         assert not bool((masks[name] & ~was).any())
         assert not exact or bool(masks[name].any()) == bool(was.any())
+    if groups.is_global and groups.size is not None:
+        mask = torch.cat([masks[x.name] for x in groups.layers])
+        assert float(groups.size.of(mask)) <= float(groups.budgets) * (1 + 1e-9)
+        return
     parts = [(x.budget, x.costs, x.m or x.count, [x.name]) for x in groups.layers]
     if groups.is_global:
         parts = [(float(groups.budgets), groups.costs, len(groups), list(live))]

@@ -17,16 +17,19 @@ from lightning_wgsef import (
     Homotopy,
     WGSEFCallback,
     group_parameters,
-    sparsity_report,
+    slim,
 )
+from lightning_wgsef.network.flops import layer_flops
 from tests.helpers.groups import batches, dense_network, mlp, raises_naming, train
 from tests.helpers.networks.scope import (
     CHANNELS,
     COSTS,
     FLOPS,
     IMAGES,
+    SIZES,
     channel_norms,
     expected,
+    expected_of_size,
     loader,
     pictures,
     projected,
@@ -189,15 +192,11 @@ def test_the_model_keeps_its_share_of_operations(scales):
     callback = WGSEFCallback(k=0.4, costs="flops", scope="global", lam=Homotopy(length=0.5))
     make_trainer([callback]).fit(model, loader())
     assert callback.regularizer.frozen
-    report = sparsity_report(model, callback.regularizer.groups, IMAGES)
-    layers = {layer.name: layer for layer in report.layers}
-    assert {name: layer.flops for name, layer in layers.items()} == FLOPS
-    left = sum(layer.flops_alive for layer in layers.values())
+    alive = [int(mask.sum()) for mask in callback.regularizer.masks.values()]
+    assert min(alive) >= 1
+    left = layer_flops(slim(model, IMAGES), IMAGES)[1]
+    assert left == SIZES["flops"](*alive)
     assert 0.4 * TOTAL - max(COSTS["flops"].values()) < left <= 0.4 * TOTAL
-    alive = {name: layers[name].groups_alive for name in CHANNELS}
-    assert min(alive.values()) >= 1
-    by_hand = FLOPS["conv1"] + sum(COSTS["flops"][name] * n for name, n in alive.items())
-    assert left == by_hand
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
@@ -208,13 +207,11 @@ def test_the_strongest_of_every_layer_and_then_of_all(costs, k, scales):
     """Against loops; norms of layers are comparable, whatever their scale."""
     model = pictures(scales).double()
     regularizer = WGSEF(model, k, costs=costs, example_input=IMAGES.double(), **NOW)
-    by_hand = costs_of(costs)
-    total = sum(map(sum, by_hand.values()))
-    parameters = sum(p.numel() for p in model.parameters())
-    rest = {None: 0, "params": parameters - total, "flops": TOTAL - total}[costs]
-    budget = k * (total + rest) - rest
-    budget = int(budget + 0.5) if costs is None else budget
-    wanted = expected(channel_norms(model), by_hand, budget)
+    norms, budget = channel_norms(model), k * SIZES[costs](*CHANNELS.values())
+    if costs is None:
+        wanted = expected(norms, costs_of(costs), int(budget + 0.5))
+    else:
+        wanted = expected_of_size(norms, costs, budget * (1 + 1e-12))
     assert projected(regularizer, model) == wanted
     assert all(map(any, wanted.values()))
     assert k == 1 or any(not all(mask) for mask in wanted.values())
@@ -273,15 +270,20 @@ def test_costs_without_a_binary_fraction_in_a_float32_model(scope, k, kept):
 @pytest.mark.parametrize("costs", COSTS)
 def test_every_grouping(costs):
     """A projection keeps the budget, and leaves no layer empty."""
-    for grouping in ("filter", "channel", "element"):
+    for grouping in ("filter", "channel", "structure", *["element"] * (costs is None)):
         model = pictures(SMALL).double()
         arguments = {"costs": costs, "example_input": IMAGES.double(), "grouping": grouping}
         regularizer = WGSEF(model, 0.4, **arguments, **NOW)
         masks, groups = projected(regularizer, model), regularizer.groups
-        kept = torch.cat([torch.tensor(mask) for mask in masks.values()])
-        price = torch.ones(len(groups)).double() if groups.costs is None else groups.costs
-        spent, (budget,) = float(price[kept].sum()), groups.budgets.tolist()
-        assert budget - float(price.max()) < spent <= budget * (1 + 1e-9)
+        small = slim(model, IMAGES.double())
+        spent = {
+            None: sum(map(sum, masks.values())),
+            "params": sum(p.numel() for p in small.parameters()),
+            "flops": layer_flops(small, IMAGES.double())[1],
+        }[costs]
+        price = 1.0 if costs is None else max(float(x.costs.max()) for x in groups.layers)
+        (budget,) = groups.budgets.tolist()
+        assert budget - price < spent <= budget * (1 + 1e-9)
         assert all(map(any, masks.values()))
 
 
@@ -369,25 +371,23 @@ def test_the_layer_that_grows_fastest_does_not_win():
     assert alive(1.3) == alive(0.8) == expected
 
 
-TOTAL_FLOPS, GROUPED = sum(FLOPS.values()), sum(FLOPS[name] for name in CHANNELS)
-REST, LEAST = TOTAL_FLOPS - GROUPED, sum(COSTS["flops"].values())
+LEAST = SIZES["flops"](1, 1, 1)
 
 # --- what is refused ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("make", [WGSEF, group_parameters])
 def test_a_budget_below_one_group_of_every_layer(make):
-    """A hundredth of everything is less than what is not grouped costs."""
+    """What would be accepted is said in operations, and as a share."""
     arguments = {"scope": "global", "costs": "flops", "example_input": IMAGES}
-    left = f"{0.01 * TOTAL_FLOPS - REST:g}"
-    with raises_naming(
-        "k = 0.01", f"{TOTAL_FLOPS:g}", f"{REST:g}", left, f"{LEAST:g}", f"{GROUPED:g}"
-    ):
-        make(pictures(), k=0.01, **arguments)
-    with raises_naming("k = 20000", f"{LEAST:g}", f"{GROUPED:g}"):
-        make(pictures(), k=20000, **arguments)
-    with raises_naming("k = 300000", f"{LEAST:g}", f"{GROUPED:g}"):
-        make(pictures(), k=300000, **arguments)
+    said = f"{LEAST:,} ({LEAST / TOTAL:.1%})", f"{TOTAL:,}"
+    with raises_naming("k = 0.001", f"{0.001 * TOTAL:.0f} FLOPs", *said):
+        make(pictures(), k=0.001, **arguments)
+    with raises_naming("k = 2000", *said):
+        make(pictures(), k=2000, **arguments)
+    with raises_naming("k = '3 MFLOPs', 3,000,000 FLOPs", *said):
+        make(pictures(), k="3 MFLOPs", **arguments)
+    assert make(pictures(), k=LEAST, **arguments)
     with raises_naming("k = 2", "3", "36"):
         make(pictures(), k=2, scope="global")
     with raises_naming("k = 0.05", "leaves 1.8", "36", "3"):
@@ -433,13 +433,18 @@ def test_the_callback_asks_for_an_example_input_before_training():
 
 
 def test_an_example_input_of_the_callback_comes_first():
-    """With four times the places every convolution costs four times as much."""
+    """With four times the places every convolution costs four times as much; fc does not."""
     model = pictures()
     images = torch.ones(1, 1, 16, 16)
     callback = WGSEFCallback(k=0.4, scope="global", costs="flops", example_input=images)
     make_trainer([callback], max_epochs=4).fit(model, loader(2))
-    costs = callback.regularizer.groups.costs
-    assert costs.tolist() == [4 * 18432.0] * 8 + [4 * 3456.0] * 16 + [20.0] * 12
+    costs = {x.name: x.costs.tolist() for x in callback.regularizer.groups.layers}
+    by_hand = COSTS["flops"]
+    assert costs == {
+        "conv2": [4.0 * by_hand["conv2"]] * 8,
+        "conv3": [4.0 * by_hand["conv3"]] * 16,
+        "fc": [4.0 * (by_hand["fc"] - 20) + 20] * 12,
+    }
 
 
 def test_layers_in_two_optimizers():
@@ -460,7 +465,7 @@ def test_the_smallest_budget_is_one_group_of_every_layer(costs, length):
     model = pictures().double()
     norms = channel_norms(model)
     arguments = {"scope": "global", "costs": costs, "example_input": IMAGES.double()}
-    budget = int(sum(COSTS[costs].values()))
+    budget = SIZES[costs](1, 1, 1)
     regularizer = WGSEF(model, budget, Homotopy(length=length), **arguments)
     masks = projected(regularizer, model)
     assert {name: mask.index(True) for name, mask in masks.items()} == {
@@ -549,7 +554,9 @@ def test_a_state_of_a_plain_loop_brings_weights_and_budgets():
         with torch.no_grad():
             model[2].weight *= scale
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        example = torch.ones(1, 4, dtype=torch.float64)
         more = {"scope": "global", "costs": "params", "lam": Homotopy(length=20)}
+        more["example_input"] = example
         return model, optimizer, WGSEF(model, 0.6, **more).attach(optimizer)
 
     first, second = made(1.0), made(30.0)

@@ -11,11 +11,22 @@ IMAGES = torch.ones(1, 1, 8, 8)
 # Two for every weight and place: 8 x 8 places, behind the pooling 4 x 4, then one.
 FLOPS = {"conv1": 2 * 72 * 64, "conv2": 2 * 1152 * 64, "conv3": 2 * 1728 * 16, "fc": 2 * 120}
 CHANNELS = {"conv2": 8, "conv3": 16, "fc": 12}
-COSTS = {
-    None: {"conv2": 1, "conv3": 1, "fc": 1},
-    "params": {"conv2": 144, "conv3": 108, "fc": 10},
-    "flops": {name: FLOPS[name] / count for name, count in CHANNELS.items()},
+# Of the network whose layers read a, b and c channels, which those before them make.
+SIZES = {
+    None: lambda a, b, c: a + b + c,
+    "params": lambda a, b, c: 12 * a + 9 * a * b + 3 * b + 9 * b * c + 3 * c + 10 * c + 10,
+    "flops": lambda a, b, c: 2 * (64 * 9 * a * (1 + b) + 16 * 9 * b * c + 10 * c),
 }
+
+
+def dense_costs(costs):
+    """What a group of each layer costs while all others are there: its product's slope."""
+    size, full = SIZES[costs], list(CHANNELS.values())
+    less = [[n - (i == j) for j, n in enumerate(full)] for i in range(3)]
+    return {name: size(*full) - size(*own) for name, own in zip(CHANNELS, less, strict=True)}
+
+
+COSTS = {costs: dense_costs(costs) for costs in SIZES}
 
 
 class Pictures(pl.LightningModule):
@@ -94,6 +105,33 @@ def expected(norms, costs, budget):
             break
         kept[name][number] = True
     return kept
+
+
+def expected_of_size(norms, costs, budget):
+    """What stays of a size: as `expected` does, and behind it, layer by layer, what still fits."""
+    names, size = list(norms), SIZES[costs]
+    rated = []
+    for name, own in norms.items():
+        mean = sum(norm**2 for norm in own) / len(own)
+        strengths = [norm**2 / mean / COSTS[costs][name] for norm in own]
+        order = sorted(range(len(own)), key=lambda j: -strengths[j])
+        rated += [(strengths[j], name, place) for place, j in enumerate(order) if place]
+    rated.sort(reverse=True)
+    counts = dict.fromkeys(names, 1)
+
+    def fits(name):
+        return size(*(n + (other == name) for other, n in counts.items())) <= budget
+
+    left = list(rated)
+    while left and fits(left[0][1]):
+        counts[left.pop(0)[1]] += 1
+    for name in dict.fromkeys(name for _, name, _ in left):
+        while counts[name] < len(norms[name]) and fits(name):
+            counts[name] += 1
+    return {
+        name: [norm >= sorted(own, reverse=True)[counts[name] - 1] for norm in own]
+        for name, own in norms.items()
+    }
 
 
 def channel_norms(model):
