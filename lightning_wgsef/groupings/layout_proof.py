@@ -86,33 +86,30 @@ def _wrong(network: nn.Module, example_input: Any, layers: list[GroupedLayer]) -
 def _are_units(network: nn.Module, example_input: Any, layers: list[GroupedLayer]) -> bool:
     """Compare outputs, without what reads some of the units, with these as they are and redrawn.
 
-    In turn those units go whose number has a bit set: any two are told apart by one of them, so
-    that a layout which exchanges weights of two units does not pass.
+    In turn those units go whose number, from 1 on, has a bit set: each goes once, and any two are
+    told apart by one of them, so that a layout which exchanges weights of two units does not pass.
     """
     parameters = {canonical_name(name): p for name, p in network.named_parameters()}
     first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     # The weights of the network itself may be zero, which would let any layout pass.
-    drawn = {
-        member.name: _drawn(member, first).to(parameters[member.name])
-        for layer in layers
-        for member in layer.members
-    }
+    members = [member for layer in layers for member in layer.members]
+    drawn, others = (
+        {x.name: _drawn(x, generator).to(parameters[x.name]) for x in members}
+        for generator in (first, second)
+    )
+    others.update({layer.members[-1].name: torch.zeros(()) for layer in layers})
     readers = [layer.members[-1].name.rpartition(".")[0] for layer in layers]
-    bits = max((layer.count - 1).bit_length() for layer in layers)
-    for bit in (None, *range(bits)):
+    for bit in range(max(layer.count.bit_length() for layer in layers)):
         outputs = []
         for redrawn in (False, True):
             for name, values in drawn.items():
                 parameters[name].copy_(values)
             for layer in layers:
-                numbers = torch.arange(layer.count)
-                dead = numbers % 2 == 0 if bit is None else (numbers >> bit) % 2 == 1
+                dead = (torch.arange(1, layer.count + 1) >> bit) % 2 == 1
                 for member in layer.members if redrawn else layer.members[-1:]:
                     values = parameters[member.name]
                     gone = member.along(dead.to(values.device), False)
-                    new = _drawn(member, second).to(values)
-                    new = torch.zeros_like(values) if member is layer.members[-1] else new
-                    values.copy_(torch.where(gone, new, values))
+                    values.copy_(torch.where(gone, others[member.name].to(values), values))
             outputs.append(_outputs(network, example_input, readers))
         finite = all(bool(x.isfinite().any()) for x in outputs[0] if x.numel())
         if not finite or not relative_difference(outputs[1], outputs[0], 1.0) <= TOLERANCE:
