@@ -41,6 +41,9 @@ from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.network.interface import Interface, network_interface
 from lightning_wgsef.network.sharding import unsharded_copy
 
+# How a warning begins to say what was taken for inputs and outputs that nobody saw.
+ASSUMED = "By the order of definition"
+
 
 def group_parameters(
     model: nn.Module,
@@ -212,7 +215,7 @@ def _warn_of_assumption(layers: Sequence[GroupedLayer], interface: Interface) ->
             continue
         names = ", ".join(f"'{name}'" for name in taken) or "no layer"
         warnings.warn(
-            f"grouping='{grouping}': {interface.unseen}. By the order of definition, {names} "
+            f"grouping='{grouping}': {interface.unseen}. {ASSUMED}, {names} "
             f"{what}, though others may, too: {', '.join(also)}. Give an example_input (or the "
             "module's example_input_array) that runs, or name what must not be grouped in exclude",
             stacklevel=3,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -122,6 +123,27 @@ def find_groups(
     maker = _maker(grouping)
     assert maker is not None  # `check_grouping` has seen to it
     return maker(model)
+
+
+def grouping_at_ends(grouping: Grouping | None, interface: Interface | Collection[str]) -> Grouping:
+    """Return a grouping that leaves out other layers than the order of definition says.
+
+    Args:
+        grouping: of which the groups are; None is the default.
+        interface: what reads inputs and makes outputs; or the names of the layers to group.
+    """
+    named = DEFAULT_GROUPING if grouping is None else grouping
+
+    def find(model: nn.Module) -> Groups:
+        if isinstance(interface, Interface):
+            return find_groups(model, named, None, interface)
+        found = find_groups(model, named)
+        layers = [replace(x, reserved="") for x in found.layers if x.name in interface]
+        rest = {x.name: x.reserved for x in found.layers if x.name not in interface}
+        return Groups(layers, {**found.left_out, **rest})
+
+    find.__name__ = grouping_name(grouping)
+    return find
 
 
 def check_grouping(grouping: Grouping) -> None:

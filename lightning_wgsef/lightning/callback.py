@@ -6,7 +6,7 @@ import math
 import os
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.costs import Costs
-from lightning_wgsef.groupings.registry import Grouping, grouping_name
+from lightning_wgsef.groupings.group_parameters import ASSUMED
+from lightning_wgsef.groupings.registry import Grouping, grouping_at_ends, grouping_name
 from lightning_wgsef.groupings.weights import Weights
 from lightning_wgsef.lightning.batch_norm_update import BatchNormUpdate, check_batches, silent
 from lightning_wgsef.lightning.model_checkpoints import dense_checkpoints, offer_pruned_metrics
@@ -32,6 +33,7 @@ from lightning_wgsef.lightning.private import (
 from lightning_wgsef.lightning.strategies import check_strategy, restores_later
 from lightning_wgsef.lightning.summary import PruningSummary
 from lightning_wgsef.lightning.tensorboard import write_hparams, write_layout
+from lightning_wgsef.network.interface import Interface, interface_of_batch
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
@@ -200,6 +202,7 @@ class WGSEFCallback(Callback):
         self._waiting: list[str] = []
         self._taken: list[int] = []
         self._fixed_at: float | None = None
+        self._assumed = ""
 
     @property
     def prefix(self) -> str:
@@ -279,10 +282,64 @@ class WGSEFCallback(Callback):
             saved = self._state.get("grouping")
             if arguments["grouping"] is None and isinstance(saved, Mapping):
                 arguments["grouping"] = saved_grouping([saved])
-        self.regularizer = WGSEF(pl_module, **arguments)
+        self._assumed = ""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            self.regularizer = WGSEF(pl_module, **arguments)
+        for one in caught:
+            if ASSUMED in str(one.message):  # the first batch will show
+                self._assumed = str(one.message)
+            else:
+                warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
+        saved = self._state.get("grouping")
+        layers = saved.get("layers") if self._assumed and isinstance(saved, Mapping) else None
+        if isinstance(layers, Mapping):  # it has shown
+            self._assumed = ""
+            self._regroup(pl_module, arguments, layers.keys())
+        self._check_disjoint(trainer)
+
+    def _check_disjoint(self, trainer: Trainer) -> None:
+        assert self.regularizer is not None
         for other in trainer.callbacks:  # type: ignore[attr-defined]  # set by a connector
             if isinstance(other, WGSEFCallback) and other is not self and other.regularizer:
                 self.regularizer.groups.check_disjoint(other.regularizer.groups)
+
+    def _regroup(
+        self,
+        pl_module: LightningModule,
+        arguments: Mapping[str, Any],
+        interface: Interface | Collection[str],
+    ) -> bool:
+        """Group anew by what is known of inputs and outputs; return: are these other groups?"""
+        assert self.regularizer is not None
+        earlier = self.regularizer
+        grouping = grouping_at_ends(arguments["grouping"], interface)
+        regularizer = WGSEF(pl_module, **{**arguments, "grouping": grouping})
+        if [x.name for x in regularizer.groups.layers] == [x.name for x in earlier.groups.layers]:
+            return False
+        earlier.detach()
+        regularizer.total_steps = earlier.total_steps
+        self.regularizer = regularizer
+        return True
+
+    def _look_at(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """Find inputs and outputs of the network on the first batch, before the first step."""
+        words, self._assumed = self._assumed, ""
+        with trainer.precision_plugin.forward_context(), silent(pl_module):
+            interface = interface_of_batch(pl_module, trainer.precision_plugin.convert_input(batch))
+        if interface.unseen:
+            warnings.warn(words, stacklevel=2)
+            return
+        arguments = {**self.arguments, "example_input": self._example_input(trainer, pl_module)}
+        if self._regroup(pl_module, arguments, interface):
+            self._check_disjoint(trainer)
+            trainer.print(
+                f"{self.prefix}: the first batch shows what reads the network's inputs and makes "
+                "its outputs; the groups are now"
+            )
+            self._attach(trainer, pl_module)
+            assert self.regularizer is not None
+            self._taken = [pruner.taken for pruner in self.regularizer.pruners]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Attach to this fit's optimizers and continue from the saved state, if any."""
@@ -302,8 +359,6 @@ class WGSEFCallback(Callback):
                 f"{self.prefix}: {done} steps were trained without pruning; the schedule runs over "
                 f"the {self.regularizer.total_steps} that are left"
             )
-        self.regularizer.attach(*trainer.optimizers)
-        self.regularizer.watch()
 
         def before_saving(module: nn.Module, *_: Any) -> None:  # of a copy it stays as it is
             if module is pl_module:
@@ -311,6 +366,13 @@ class WGSEFCallback(Callback):
 
         self._saving = pl_module.register_state_dict_pre_hook(before_saving)  # type: ignore[no-untyped-call]
         self._said_lost = self._said_idle = self._said_thawed = False
+        self._attach(trainer, pl_module)
+
+    def _attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self.regularizer is not None
+        done = logged_step(trainer)
+        self.regularizer.attach(*trainer.optimizers)
+        self.regularizer.watch()
         self._twins = list(twins(pl_module, self.regularizer.groups))
         if self._state:
             self.regularizer.load_state_dict(self._state)
@@ -327,6 +389,7 @@ class WGSEFCallback(Callback):
             )
         self._summary = PruningSummary(trainer, self.regularizer, self.prefix, self.dashboard)
         write_layout(trainer, self)
+        self._forget_batches()
         if self.update_bn and not self.regularizer.frozen:
             self._statistics = BatchNormUpdate(pl_module, self.update_bn)
             self._batches_frozen = 0
@@ -335,6 +398,8 @@ class WGSEFCallback(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Remember what the training step gives to the network."""
+        if self._assumed:
+            self._look_at(trainer, pl_module, batch)
         if self._statistics is not None:
             self._statistics.start()
 

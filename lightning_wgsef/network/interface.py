@@ -94,6 +94,23 @@ def network_interface(model: nn.Module, example_input: Any | None) -> Interface:
     return observer.interface()
 
 
+def interface_of_batch(model: nn.Module, batch: Any) -> Interface:
+    """Find the `network_interface` on a batch of training, or on the first parts of one.
+
+    What comes last, such as labels, ``forward`` may not take.
+
+    >>> batch = [torch.ones(1, 2), torch.tensor([0])]
+    >>> interface_of_batch(nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)), batch).unseen
+    ''
+    """
+    example = tuple(batch) if isinstance(batch, list | tuple) else batch
+    interface = network_interface(model, example)
+    while interface.unseen and isinstance(example, tuple) and len(example) > 1:
+        example = example[:-1]
+        interface = network_interface(model, example)
+    return interface
+
+
 def interface_by_order(model: nn.Module) -> Interface:
     """Take the layer that is defined first for the one that reads the input, the last for outputs.
 
