@@ -196,7 +196,8 @@ def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -
     """
     costs = [torch.ones(x.count) if x.costs is None else x.costs.double() for x in layers]
     total = sum(float(cost.sum()) for cost in costs)
-    least = sum(float(cost.max()) for cost in costs)
+    numbers = [layer.bounds[0] for layer in layers]
+    least = sum(float(x.topk(n).values.sum()) for x, n in zip(costs, numbers, strict=True))
     if isinstance(k, Integral):
         budget, asked = float(k), f"k = {k}:"
     else:
@@ -209,8 +210,8 @@ def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -
             budget = math.floor(budget + 0.5)
     if not least <= budget <= total:
         raise ValueError(
-            f"{asked} the budget of all layers must lie between {least:g}, the cost of one group "
-            f"of every layer, and {total:g}, that of all groups"
+            f"{asked} the budget of all layers must lie between {least:g}, the cost of "
+            f"{_fewest(layers)}, and {total:g}, that of all groups"
         )
     return budget
 
@@ -226,7 +227,8 @@ def size_limit(size: SlimSize, layers: Sequence[GroupedLayer], k: int | float | 
     Raises:
         ValueError: more than the dense network has, or less than a group of every layer may leave.
     """
-    total, least = float(size.total), float(size.of(_dearest(size, layers, [1] * len(layers))))
+    fewest = [layer.bounds[0] for layer in layers]
+    total, least = float(size.total), float(size.of(_dearest(size, layers, fewest)))
     named = parsed_size(k) if isinstance(k, str) else None
     if named is not None:
         limit = named[0]
@@ -235,7 +237,7 @@ def size_limit(size: SlimSize, layers: Sequence[GroupedLayer], k: int | float | 
     if not least <= limit <= total:
         raise ValueError(
             f"k = {k!r}, {limit:,.0f} {size.unit} of the slim network, must lie between "
-            f"{least:,.0f} ({least / total:.1%}), what one group of every layer may leave, and "
+            f"{least:,.0f} ({least / total:.1%}), what {_fewest(layers)} may leave, and "
             f"{total:,.0f}, the dense network"
         )
     return limit
@@ -249,15 +251,15 @@ def alike_budgets(
     Whichever groups they are: of a layer whose groups differ, the dearest are counted.
     """
     shares = sorted(
-        ((index - 0.5) / layer.count, number)
+        ((index - 0.5 * layer.multiple) / layer.count, number)
         for number, layer in enumerate(layers)
-        for index in range(2, layer.count + 1)
+        for index in range(layer.bounds[0], layer.bounds[1], layer.multiple)
     )
 
     def numbers(more: int) -> list[int]:
-        kept = [1] * len(layers)
+        kept = [layer.bounds[0] for layer in layers]
         for _, number in shares[:more]:
-            kept[number] += 1
+            kept[number] += layers[number].multiple
         return kept
 
     low, high = 0, len(shares)
@@ -269,6 +271,13 @@ def alike_budgets(
         replace(layer, budget=float(number), costs=None)
         for layer, number in zip(layers, numbers(low), strict=True)
     ]
+
+
+def _fewest(layers: Sequence[GroupedLayer]) -> str:
+    """Name the groups that every layer has to keep."""
+    if all(layer.bounds[0] == 1 for layer in layers):
+        return "one group of every layer"
+    return "the groups that have to stay (at_least, multiple_of)"
 
 
 def _dearest(size: SlimSize, layers: Sequence[GroupedLayer], numbers: Sequence[int]) -> Tensor:

@@ -36,8 +36,16 @@ from lightning_wgsef.groupings.registry import (
 from lightning_wgsef.groupings.removability import with_invariance
 from lightning_wgsef.groupings.slim_size import slim_size
 from lightning_wgsef.groupings.weights import Weights, check_weights, with_weights
+from lightning_wgsef.groupings.width_limits import (
+    Bound,
+    Multiple,
+    check_limits,
+    limited_budget,
+    with_limits,
+)
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps, on_model
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.network.interface import Interface, network_interface
 from lightning_wgsef.network.sharding import unsharded_copy
 
@@ -57,6 +65,9 @@ def group_parameters(
     costs: Costs = None,
     example_input: Any | None = None,
     overlap: str = "error",
+    multiple_of: Multiple = 1,
+    at_least: Bound = None,
+    at_most: Bound = None,
 ) -> Groups:
     """Group the weights of ``model``, with a budget for every layer; print the result to see them.
 
@@ -91,6 +102,11 @@ def group_parameters(
             it, the claim that zero groups can be taken out is tried, see `zero_invariance`.
         overlap: what happens to a layer that claims weights of a layer before it: "error", or
             "first", which leaves it out.
+        multiple_of: widths that stay are multiples of this number of channels, or by pattern of
+            layer names; layers that no pattern matches have none. Blocks and experts are no widths.
+        at_least: how many groups of every layer stay at least: a number, a share, or a mapping from
+            patterns to either. None: one.
+        at_most: how many stay at most, likewise. None: all.
 
     A pattern is a name with wildcards as in file names; it stands for the modules inside, too.
 
@@ -105,7 +121,17 @@ def group_parameters(
     2       channel       8            36       2        yes
     left out: 0: first layer: its channels are the network's input
     """
-    check_arguments(grouping, k, scope=scope, weights=weights, costs=costs, overlap=overlap)
+    check_arguments(
+        grouping,
+        k,
+        scope=scope,
+        weights=weights,
+        costs=costs,
+        overlap=overlap,
+        multiple_of=multiple_of,
+        at_least=at_least,
+        at_most=at_most,
+    )
     measure = measure_of(k, costs)
     if measure is not None and example_input is None:
         what = f"k = {k!r}" if isinstance(k, str) else f"costs={costs!r}"
@@ -162,6 +188,11 @@ def group_parameters(
     layers = with_weights(layers, weights, scope)
     if plain is not model:
         layers = on_model(layers, model)
+    unlimited, layers = layers, with_limits(layers, multiple_of, at_least, at_most)
+    is_limited = any(
+        (x.least, x.most, x.multiple) != (y.least, y.most, y.multiple)
+        for x, y in zip(layers, unlimited, strict=True)
+    )
     limit: float | None = None
     if (
         size is not None
@@ -173,12 +204,18 @@ def group_parameters(
         if limit is None:
             assert isinstance(k, int | float)
             limit = global_budget(layers, k, rest)
+            size = SlimSize.of_costs(layers) if is_limited else None
         groups = Groups(layers, left_out, limit, size=size)
     elif size is not None and limit is not None:
         groups = Groups(alike_budgets(size, layers, limit), left_out, size=size, limit=limit)
     else:
         assert not isinstance(k, str)
-        groups = Groups([replace(x, budget=layer_budget(x, k)) for x in layers], left_out)
+        budgets = [layer_budget(layer, k) for layer in unlimited]
+        if is_limited:
+            budgets = [limited_budget(x, own) for x, own in zip(layers, budgets, strict=True)]
+        groups = Groups(
+            [replace(x, budget=own) for x, own in zip(layers, budgets, strict=True)], left_out
+        )
     groups.check_disjoint()
     return groups
 
@@ -191,6 +228,9 @@ def check_arguments(
     weights: Weights,
     costs: Costs,
     overlap: str,
+    multiple_of: Multiple,
+    at_least: Bound,
+    at_most: Bound,
     **_: Any,
 ) -> None:
     """Raise `ValueError` for an argument of `group_parameters` that no model could make right."""
@@ -199,6 +239,7 @@ def check_arguments(
     check_weights(weights)
     check_costs(costs)
     measure_of(k, costs)
+    check_limits(multiple_of, at_least, at_most)
     if overlap not in ("error", "first"):
         raise ValueError(f"overlap must be 'error' or 'first', got {overlap!r}")
 

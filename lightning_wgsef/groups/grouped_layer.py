@@ -62,6 +62,7 @@ class GroupedLayer:
         m: how many groups in a row share the budget, as in n:m; None: all of them.
         statistics: norms that follow, whose running statistics shrink with the groups.
         least: how many groups have to stay.
+        most: how many may stay at most; None: all.
         multiple: a multiple of which stays: what runs the layer takes no other sizes.
 
     Raises:
@@ -83,6 +84,7 @@ class GroupedLayer:
     m: int | None = None
     statistics: tuple[NormStatistics, ...] = ()
     least: int = 1
+    most: int | None = None
     multiple: int = 1
 
     def __post_init__(self) -> None:
@@ -113,6 +115,17 @@ class GroupedLayer:
                     f"{name} of layer '{self.name}' must be positive, of shape ({self.count},), "
                     f"got shape {tuple(values.shape)}{lowest}"
                 )
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The smallest and the largest number of groups that may stay.
+
+        >>> GroupedLayer("fc", "filter", 20, (), least=10, most=17, multiple=8).bounds
+        (16, 16)
+        """
+        most = self.count if self.most is None else self.most
+        least = -(-self.least // self.multiple) * self.multiple
+        return least, most // self.multiple * self.multiple
 
     @property
     def largest_member(self) -> Member:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, Overlaps
 from lightning_wgsef.groups.layout import Layout, joined_layers
-from lightning_wgsef.groups.size import SlimSize
+from lightning_wgsef.groups.size import SlimSize, WidthLimits
 from lightning_wgsef.penalties.segments import Segments
 from lightning_wgsef.utils.tables import format_table
 
@@ -95,6 +95,11 @@ class Groups:
     def layout(self) -> Layout:
         """Where the weights lie in memory; finding groups needs none."""
         return Layout(self.layers, dtype=self.dtype, device=self.device, normalised=self.is_global)
+
+    @cached_property
+    def limits(self) -> WidthLimits:
+        """How many groups of each layer may stay."""
+        return WidthLimits.of(self.layers, self.device)
 
     @property
     def starts(self) -> Tensor:
@@ -216,7 +221,7 @@ class Groups:
             for row, layer in zip(rows, self.layers, strict=True):
                 row.insert(4 + place, _range(layer.weights if name == "weight" else layer.costs))
         lines = [format_table(header, rows)]
-        if self.size is not None and self.limit is not None:
+        if self.size is not None and self.size.unit and self.limit is not None:
             total = float(self.size.total)
             lines.append(
                 f"size of the slim network: at most {self.limit:,.0f} of {total:,.0f} "

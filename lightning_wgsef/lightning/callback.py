@@ -20,6 +20,7 @@ from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import ASSUMED
 from lightning_wgsef.groupings.registry import Grouping, grouping_at_ends, grouping_name
 from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.groupings.width_limits import Bound, Multiple
 from lightning_wgsef.lightning.batch_norm_update import BatchNormUpdate, check_batches, silent
 from lightning_wgsef.lightning.model_checkpoints import dense_checkpoints, offer_pruned_metrics
 from lightning_wgsef.lightning.private import (
@@ -119,6 +120,11 @@ class WGSEFCallback(Callback):
         overlap: "error", or "first": leave a layer out that claims weights of one before it.
         include: patterns of layer names; only these are grouped.
         exclude: patterns of layer names that are left out.
+        multiple_of: widths that stay are multiples of this number of channels, such as 8, or by
+            patterns of layer names.
+        at_least: how many groups of every layer stay at least: a number, a share, or by patterns;
+            None: one.
+        at_most: how many stay at most; None: all.
         debias: share of the ridge that is taken back from the weights that stay; None: the
             schedule's own.
         metric: "identity", "auto" (the optimizer's, such as Adam's) or "group" (its group means).
@@ -166,6 +172,9 @@ class WGSEFCallback(Callback):
         overlap: Literal["error", "first"] = "error",
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        multiple_of: Multiple = 1,
+        at_least: Bound = None,
+        at_most: Bound = None,
         debias: float | None = None,
         metric: Literal["auto", "group", "identity"] = "identity",
         penalty: Penalty | None = None,

@@ -131,7 +131,7 @@ class PruningSummary:
     def _kept(self, alive: Tensor) -> str:
         """Say what of the budget is used, as a size of the slim network where that is named."""
         groups = self.regularizer.groups
-        if groups.size is None or groups.limit is None:
+        if groups.size is None or not groups.size.unit or groups.limit is None:
             return f", within a budget of {self._budget():g}"
         left, dense = float(groups.size.of(alive.to(groups.device))), float(groups.size.total)
         return (

@@ -14,6 +14,7 @@ from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import check_arguments, group_parameters
 from lightning_wgsef.groupings.registry import DEFAULT_GROUPING, Grouping
 from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.groupings.width_limits import Bound, Multiple
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.freezing import check_freeze, check_order
@@ -34,6 +35,9 @@ class PruningOptions(TypedDict, total=False):
         overlap: what happens to a layer that claims weights of one before it.
         include: patterns of layer names; only these are grouped.
         exclude: patterns of layer names that are left out.
+        multiple_of: of what number of channels the widths that stay are multiples.
+        at_least: how many groups of every layer stay at least.
+        at_most: how many stay at most.
         debias: the share of the ridge that is taken back from the weights that stay, in [0, 1];
             None: the schedule's own (0 for the paper's, 1 for `Homotopy`).
         metric: in which metric the step is taken: "identity"; "auto", the diagonal one that the
@@ -59,6 +63,9 @@ class PruningOptions(TypedDict, total=False):
     overlap: Literal["error", "first"]
     include: str | Sequence[str] | None
     exclude: str | Sequence[str] | None
+    multiple_of: Multiple
+    at_least: Bound
+    at_most: Bound
     debias: float | None
     metric: Literal["auto", "group", "identity"]
     penalty: Penalty | None
@@ -75,6 +82,9 @@ DEFAULTS: PruningOptions = {
     "overlap": "error",
     "include": None,
     "exclude": None,
+    "multiple_of": 1,
+    "at_least": None,
+    "at_most": None,
     "debias": None,
     "metric": "identity",
     "penalty": None,

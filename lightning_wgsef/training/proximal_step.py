@@ -147,10 +147,11 @@ class ProximalStep:
         scope = Scope(self.groups, norms, budgets)
         factors = self._factors(scope)
         self.scale_(factors if allowed is None else torch.where(allowed, factors, 1))
-        if self.groups.size is not None and scope.fitting is not None:
+        size = self.groups.size
+        if size is not None and scope.fitting is not None and self.groups.costs is not None:
             # A size is linearised at what fitted it last; a step that was not taken has no say.
             fitting = scope.fitting if allowed is None else scope.fitting | ~allowed
-            self.groups.costs = self.groups.size.costs(fitting)
+            self.groups.costs = size.costs(fitting)
 
     @torch.no_grad()
     def scale_(self, factors: Tensor) -> None:

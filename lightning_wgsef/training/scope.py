@@ -41,7 +41,10 @@ class Scope:
             if groups.size is None:
                 left = budgets - (costs.double() * self.kept).sum()
             else:
-                self.fitting = groups.size.fitting(strongest, self.kept, budgets[0])
+                self.kept = (
+                    groups.limits.ranks(strongest) < groups.limits.least[groups.limits.owner]
+                )
+                self.fitting = groups.size.fitting(strongest, groups.limits, budgets[0])
                 left = (costs * (self.fitting & ~self.kept)).sum().view(1)
             # At least as much as nothing: budgets are positive numbers.
             self.budgets = left.clamp(min=1e-9)

@@ -1,11 +1,14 @@
 """The size of the slim network as widths say it, against what slim makes, counted."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from lightning_wgsef import Groups, group_parameters, slim
 from lightning_wgsef.groupings.slim_size import slim_size
+from lightning_wgsef.groups.size import WidthLimits
 from lightning_wgsef.network.example_input import with_batch_size
 from lightning_wgsef.network.flops import layer_flops
 from tests.helpers.groups import mlp, raises_naming
@@ -140,31 +143,73 @@ def test_the_cost_of_a_group_is_what_it_saves():
     assert float(size.of(alive) - size.of(less)) == costs[10]
 
 
-def test_what_fits_a_budget_in_the_order_of_strengths():
-    """Against a loop over all beginnings; then nothing more fits, and the smaller never loses."""
+def fitting_by_hand(strengths, counts, limits, size, budget):
+    """Numbers of each layer: the least, steps by mean square while they fit, what still fits."""
+    order, kept, most, steps = [], [], [], []
+    for part, (least, highest, multiple) in zip(strengths, limits, strict=True):
+        own = sorted(part.tolist(), reverse=True)
+        alive = sum(x > 0 for x in own) // multiple * multiple
+        kept.append(least)
+        most.append(max(least, min(highest, alive)))
+        steps.append(multiple)
+        for start in range(least, most[-1], multiple):
+            mean = sum(x * x for x in own[start : start + multiple]) / multiple
+            order.append((-mean, len(kept) - 1, start))
+    order.sort()
+
+    def fits(layer):
+        more = [n + steps[i] * (i == layer) for i, n in enumerate(kept)]
+        alive = torch.cat([torch.arange(c) < n for c, n in zip(counts, more, strict=True)])
+        return float(size.of(alive)) <= budget
+
+    while order and fits(order[0][1]):
+        kept[order[0][1]] += steps[order.pop(0)[1]]
+    for layer in dict.fromkeys(layer for _, layer, _ in order):
+        while kept[layer] < most[layer] and fits(layer):
+            kept[layer] += steps[layer]
+    return kept
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [
+        [(1, 6, 1), (1, 5, 1)],
+        [(3, 6, 1), (2, 4, 1)],
+        [(2, 6, 2), (1, 5, 1)],
+        [(2, 4, 2), (3, 3, 3)],
+    ],
+)
+def test_what_fits_a_budget_in_the_order_of_strengths(limits):
+    """Against loops, at budgets on both sides of every size that there is."""
     network = mlp(4, 6, 5, 3)
     layers = group_parameters(network, "structure", example_input=torch.ones(1, 4)).layers
+    layers = [
+        replace(layer, least=least, most=most, multiple=multiple)
+        for layer, (least, most, multiple) in zip(layers, limits, strict=True)
+    ]
     size = slim_size(network, layers, "flops", torch.ones(1, 4))
-    strengths = torch.rand(11, generator=torch.Generator().manual_seed(0)).double()
-    strengths[2] = strengths[8] = 0.5
-    order = sorted(range(11), key=lambda j: -strengths[j])
-    first = torch.zeros(11, dtype=torch.bool)
-    for kept in ([], [0, 6], order[-2:]):
-        first = torch.isin(torch.arange(11), torch.tensor(kept, dtype=torch.long))
-        own = kept + [j for j in order if j not in kept]
-        sets = [torch.isin(torch.arange(11), torch.tensor(own[:n] or [-1])) for n in range(12)]
-        sizes = [float(size.of(one)) for one in sets]
-        for budget in sorted({*sizes, *(x + 1 for x in sizes), 0.5}):
-            longest = max([n for n in range(12) if sizes[n] <= budget and n >= len(kept)] or [0])
-            longest = max(longest, len(kept))
-            found = size.fitting(strengths, first, torch.tensor(budget).double())
-            assert bool(found[sets[longest]].all())
-            assert float(size.of(found)) <= max(budget, sizes[len(kept)])
-            for j in (~found).nonzero().flatten():
-                more = found.index_fill(0, j, True)
-                assert float(size.of(more)) > budget
-                alike = [i for i in range(11) if (i < 6) == (j < 6) and i != j and found[i]]
-                assert all(strengths[i] >= strengths[j] or i in kept for i in alike)
+    found_limits = WidthLimits.of(layers, torch.device("cpu"))
+    every = [
+        float(size.of(torch.cat([torch.arange(6) < a, torch.arange(5) < b])))
+        for a in range(1, 7)
+        for b in range(1, 6)
+    ]
+    least = float(
+        size.of(torch.cat([torch.arange(6) < limits[0][0], torch.arange(5) < limits[1][0]]))
+    )
+    for seed, dead in ((0, []), (1, []), (2, [1, 7, 8])):
+        strengths = torch.rand(11, generator=torch.Generator().manual_seed(seed)).double()
+        strengths[dead] = 0
+        strengths[2] = strengths[9] = 0.5
+        parts = strengths.split([6, 5])
+        for budget in sorted({*every, *(x - 1 for x in every)}):
+            found = size.fitting(strengths, found_limits, torch.tensor(budget).double())
+            kept = [int(part.sum()) for part in found.split([6, 5])]
+            assert kept == fitting_by_hand(parts, [6, 5], limits, size, budget)
+            assert float(size.of(found)) <= max(budget, least)
+            for part, own in zip(parts, found.split([6, 5]), strict=True):
+                if 0 < int(own.sum()) < len(own):
+                    assert part[own].min() >= part[~own].max()
 
 
 @pytest.mark.parametrize(
