@@ -22,7 +22,7 @@ from lightning_wgsef.groupings.per_layer import (
     tile_groups,
 )
 from lightning_wgsef.groupings.residual_block import branch_groups
-from lightning_wgsef.groupings.structure import structure_groups
+from lightning_wgsef.groupings.structure import stream_groups, structure_groups
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.network.interface import Interface, network_interface
@@ -59,6 +59,7 @@ _PROVED: dict[str, Callable[[nn.Module, Any], Groups]] = {
 # Groupings that need an example input.
 TRACED: dict[str, Callable[[nn.Module, Any], Groups]] = {
     "layer": branch_groups,
+    "stream": stream_groups,
     "structure": structure_groups,
 }
 
@@ -68,6 +69,7 @@ MISSING = {
     "them with lightning_wgsef.groupings.register_projections",
     "expert": "it has no experts: weights of three axes of which the first is that of the experts, "
     "or a list of modules of one kind beside a layer with an output for each",
+    "stream": "it has no residual stream that norms take as a whole",
     "hidden": "it has no module with two dense layers of which the second reads what the first "
     "makes, and no recurrent layer of torch",
 }

@@ -19,6 +19,7 @@ from lightning_wgsef.network.channels import (
     channel_sets,
     is_scale,
     layer_name,
+    mean_square_norm,
     normalises_width,
     slices,
 )
@@ -178,7 +179,10 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
         if node is not None and node.type in _CENTRED and not getattr(module, "affine", True):
             return f"{kind} '{name}' has no scale and shift: it turns 0 into a constant"
         if normalises_width(module):
-            return f"{kind} '{name}' normalises over these channels"
+            reason = f"{kind} '{name}' normalises over these channels"
+            if found.layer.grouping == "stream" and mean_square_norm(module) is None:
+                reason += ": it subtracts their mean, and what was zero is zero no more"
+            return reason
     missing = list(_missing(graph, found))
     for name, tensor in sorted(missing, key=lambda place: place[1] != "bias"):
         return f"the {tensor} of '{name}' is in no group"

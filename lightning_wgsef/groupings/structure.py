@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -99,6 +100,33 @@ def structure_groups(model: nn.Module, example_input: Any) -> Groups:
     return Groups(layers, {name: why for name, why in left_out.items() if name not in grouped})
 
 
+def stream_groups(model: nn.Module, example_input: Any) -> Groups:
+    """Group the channels of residual streams that are normalised as a whole: the hidden size.
+
+    A stream is one set of `structure_groups`, which reserves it: columns of the embeddings, rows of
+    all layers that add to it, scales of the norms. Zero channels can be taken out where the norms
+    divide by the mean square (RMSNorm): over fewer channels it grows by a known factor, which
+    weight and epsilon make up for. LayerNorm subtracts the mean over all channels, so that zero
+    channels are zero no more, and have to stay.
+
+    Args:
+        model: any module; it is copied, not touched.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+
+    Raises:
+        ValueError: see `structure_groups`.
+    """
+    found = structure_groups(model, example_input)
+    streams = [x for x in found.layers if x.reserved.startswith(_STREAM)]
+    others = {x.name: "no residual stream" for x in found.layers if x not in streams}
+    return Groups(
+        [replace(x, grouping="stream", reserved="") for x in streams], {**found.left_out, **others}
+    )
+
+
+_STREAM = "residual stream of"
+
+
 def _members(
     graph: Graph, tied: CoupledChannels, originals: Mapping[int, tuple[str, Tensor]]
 ) -> tuple[Member, ...]:
@@ -148,5 +176,5 @@ def _reserved(graph: Graph, found: ChannelSet, members: tuple[Member, ...]) -> s
     producers = list(dict.fromkeys(layer_name(graph, side[0].module) for side in sides))
     if len(producers) > 1 and any(map(normalises_width, graph.modules(tied))):
         names = ", ".join(f"'{name}'" for name in producers[:3])
-        return f"residual stream of {names}{' ..' if len(producers) > 3 else ''}"
+        return f"{_STREAM} {names}{' ..' if len(producers) > 3 else ''}"
     return ""

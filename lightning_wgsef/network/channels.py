@@ -118,7 +118,42 @@ def normalises_width(module: object) -> bool:
     kind = type(module).__name__
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == 1
-    return isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or "LayerNorm" in kind
+    named = isinstance(module, nn.LayerNorm) or "RMSNorm" in kind or "LayerNorm" in kind
+    return named or (isinstance(module, nn.Module) and mean_square_norm(module) is not None)
+
+
+# Names under which norms keep what they add to the mean square.
+_EPS = ("variance_epsilon", "eps", "epsilon", "norm_eps", "rms_norm_eps")
+
+
+@torch.no_grad()
+def mean_square_norm(module: nn.Module) -> tuple[str, float, float] | None:
+    r"""Try whether a module computes :math:`(w + c) x / \sqrt{\overline{x^2} + \epsilon}`.
+
+    Returns:
+        The name of eps, its value, and c, which is 0 or 1; None for other modules.
+
+    >>> mean_square_norm(nn.RMSNorm(4, eps=0.5)), mean_square_norm(nn.LayerNorm(4))
+    (('eps', 0.5, 0.0), None)
+    """
+    weight = module._parameters.get("weight")
+    name = next((name for name in _EPS if hasattr(module, name)), "")
+    if weight is None or weight.dim() != 1 or not name or len(module._parameters) > 1:
+        return None
+    eps = getattr(module, name)
+    eps = torch.finfo(weight.dtype).eps if eps is None else float(eps)
+    given = torch.randn(3, len(weight), generator=torch.Generator().manual_seed(0)).to(weight)
+    try:
+        found = module.forward(given)
+    except Exception:  # the forward is anybody's
+        return None
+    for more in (0.0, 1.0):
+        expected = (weight + more) * given / (given.square().mean(-1, keepdim=True) + eps).sqrt()
+        if not isinstance(found, Tensor) or found.shape != expected.shape:
+            return None
+        if torch.allclose(found, expected, rtol=1e-4, atol=1e-5):
+            return name, eps, more
+    return None
 
 
 _Use = tuple[int, dict[int, int]]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_wgsef.network.channels import parameter_axis
+from lightning_wgsef.network.channels import mean_square_norm, parameter_axis
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
@@ -40,6 +40,7 @@ class RemovalPlan:
             axis: as many for each.
         experts: experts that stay, by name of the module that holds their weights.
         silenced: names of modules that return zeros from now on.
+        norms: over how many channels norms take the mean square, before and after, by name.
 
     >>> plan = RemovalPlan()
     >>> network = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 1))
@@ -60,6 +61,7 @@ class RemovalPlan:
     parts: dict[str, dict[int, list[list[int]]]] = field(default_factory=dict)
     experts: dict[str, list[int]] = field(default_factory=dict)
     silenced: list[str] = field(default_factory=list)
+    norms: dict[str, tuple[int, int]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         """Is there anything to take out?"""
@@ -121,6 +123,8 @@ class RemovalPlan:
             _forget(optimizer, gone)
         modules, done = modules_by_name(model), set[int]()
         states = {name: self._kept_states(name, module) for name, module in modules.items()}
+        for name, (before, after) in self.norms.items():
+            _rescale(modules[name], before / after)
         for name, heads in self.heads.items():
             attention = modules[name]
             if not isinstance(attention, nn.MultiheadAttention):
@@ -376,6 +380,23 @@ def _cut_side(
             plan.resize(name, module, f"in_{kind}", less)
 
 
+@torch.no_grad()
+def _rescale(module: nn.Module, share: float) -> None:
+    r"""Let a norm over fewer channels, the others of which were zero, make the same of them.
+
+    With n channels before and k after, :math:`s = n / k`, the mean square is s times as large:
+    :math:`w x / \sqrt{\overline{x^2} + \epsilon}` stays with :math:`s \epsilon` and
+    :math:`\sqrt{s} w`.
+    """
+    found = mean_square_norm(module)
+    if found is None:
+        raise ValueError(f"a {type(module).__name__} does not normalise by the mean square")
+    name, eps, more = found
+    for weight in module.parameters():
+        weight.add_(more).mul_(share**0.5).sub_(more)
+    setattr(module, name, eps * share)
+
+
 def _cut_parameter(
     plan: RemovalPlan, graph: Graph, parameter: nn.Parameter, positions: list[int], width: int
 ) -> None:
@@ -385,6 +406,8 @@ def _cut_parameter(
         for tensor, own in (x for named in tensors for x in named(recurse=False)):
             if own is found:
                 plan.remove(name, module, tensor, parameter_axis(own, width), positions)
+                if mean_square_norm(module) is not None:
+                    plan.norms[name] = width, width - len(positions)
                 if getattr(module, "normalized_shape", None) is not None:  # RMSNorm
                     plan.resize(name, module, "normalized_shape", len(positions))
                 elif getattr(module, "num_features", None) == width:  # several tensors, one size

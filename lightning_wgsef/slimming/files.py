@@ -190,7 +190,8 @@ def _plan(values: dict[str, Any]) -> RemovalPlan:
         name: {int(axis): rows for axis, rows in axes.items()}
         for name, axes in values.pop("parts", {}).items()
     }
-    return RemovalPlan(kept=kept, sizes=sizes, parts=parts, **values)
+    norms = {name: (before, after) for name, (before, after) in values.pop("norms", {}).items()}
+    return RemovalPlan(kept=kept, sizes=sizes, parts=parts, norms=norms, **values)
 
 
 def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
@@ -223,6 +224,10 @@ def _check_plan(plan: RemovalPlan, model: nn.Module) -> None:
     for name, numbers in plan.experts.items():
         count = len(next(p for p in modules[name].parameters() if p.dim() == 3))
         _check_increasing(f"experts[{name!r}]", numbers, count)
+    for name, (before, after) in plan.norms.items():
+        whole = type(before) is int and type(after) is int
+        if not whole or not 0 < after <= before:
+            raise ValueError(f"norms[{name!r}] must be two falling numbers, got {before, after}")
     for path, sizes in plan.sizes.items():
         for attribute, size in sizes.items():
             before = getattr(modules[path], attribute)

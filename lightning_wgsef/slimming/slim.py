@@ -161,8 +161,8 @@ def slim(
     work = _Slimmer(network, example_input, check)
     before, expected = model_copy(network), work.expected
     work.run()
-    gone = any(plan.experts or plan.silenced for plan in work.plans)
-    if reason := update_config(network, shapes_of(before), experts_gone=gone):
+    sized = shapes_of(before), example_input, work.plans
+    if reason := update_config(network, *sized):
         work.kept["config"] = reason
     record = Slimming(
         [*getattr(model, "slimming", Slimming()).plans, *work.plans],
@@ -173,7 +173,7 @@ def slim(
     )
     if inplace:
         _take_over(model, network, work.plans, optimizer)
-        update_config(model, shapes_of(before), experts_gone=gone)
+        update_config(model, *sized)
         network = model
     for name, module in network.named_modules():
         module.training = modes.get(canonical_name(name), False)

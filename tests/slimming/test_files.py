@@ -122,8 +122,9 @@ def test_every_place_of_the_header_is_checked(file: File) -> None:
     harmless = ("plans ()", "plans (0,)", "plans (0, 'sizes'", "plans (0, 'heads')")
     harmless += ("plans (0, 'biases')", "plans (0, 'skipped')", "tied ()")
     harmless += ("plans (0, 'parts')", "plans (0, 'experts')", "plans (0, 'silenced')")
+    harmless += ("plans (0, 'norms')",)
     assert [what for what in accepted if not what.startswith(harmless)] == []
-    assert len(accepted) < 50
+    assert len(accepted) < 53
 
 
 def test_planted_fault_without_the_check_of_plans(
