@@ -279,6 +279,7 @@ def _obstacle(block: AttentionBlock, count: int) -> str:
     heads = _number(block, HEADS, config=False) or _number(block, HEADS, config=True) or count
     whole = {*(layer.outputs for layer in block.layers.values()), block.layers["output"].inputs}
     projections = [layer.module for layer in block.layers.values()]
+    width = block.layers["output"].inputs // heads
     for place in dict.fromkeys([block.module, block.holder]):
         children = list(place.named_children())
         own = [number for number, (_, child) in enumerate(children) if child in projections]
@@ -294,7 +295,26 @@ def _obstacle(block: AttentionBlock, count: int) -> str:
                     return f"{type(child).__name__} '{name}' normalises over all heads"
                 continue
             for parameter_name, parameter in parameters.items():
-                if heads > 1 and heads in parameter.shape:
+                if heads > 1 and _is_for_every_head(child, parameter, heads, width):
                     path = f"{name}.{parameter_name}".lstrip(".")
                     return f"'{path}' has an entry for every head"
     return ""
+
+
+def _is_for_every_head(module: nn.Module, parameter: Tensor, heads: int, width: int) -> bool:
+    """Has a parameter an axis of the heads, not of the places of a kernel or of one head's width?
+
+    >>> heads, width = 4, 8
+    >>> kernel, table = nn.Conv2d(32, 32, 4), nn.Parameter(torch.ones(7, 4))
+    >>> _is_for_every_head(kernel, kernel.weight, heads, width)
+    False
+    >>> _is_for_every_head(nn.Module(), table, heads, width)
+    True
+    >>> _is_for_every_head(nn.Module(), table, heads, width=4)  # positions, the same for all heads
+    False
+    """
+    is_kernel = isinstance(module, nn.modules.conv._ConvNd)
+    axes = list(parameter.shape[:2] if is_kernel else parameter.shape)
+    if heads == width and len(axes) > 1 and not isinstance(module, nn.Embedding):
+        axes.pop()
+    return heads in axes

@@ -277,8 +277,10 @@ def _units(block: _Block, index: Tensor | None = None) -> GroupedLayer:
             obstacle = f"{kind} '{step.name}' normalises over the hidden units"
             continue
         for name, parameter in step.module.named_parameters():
-            if parameter.numel() == width:  # the scale and shift of BatchNorm, the slopes of PReLU
-                members.append(Member(f"{step.name}.{name}", parameter, (0,)))
+            # The scale and shift of BatchNorm, the slopes of PReLU.
+            if parameter.numel() == width and width in parameter.shape:
+                axis = list(parameter.shape).index(width)
+                members.append(Member(f"{step.name}.{name}", parameter, (axis,)))
     members.append(input_member(block.down))
     return GroupedLayer(
         block.ups[0].name,

@@ -25,7 +25,7 @@ from lightning_wgsef.network.channels import (
 )
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
 from lightning_wgsef.network.equivalence import differing_layer
-from lightning_wgsef.network.example_input import perturbed
+from lightning_wgsef.network.example_input import perturbed, reason_of
 from lightning_wgsef.network.layers import modules_by_name, tensors_by_name
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.recurrent import UnitLayer
@@ -149,12 +149,13 @@ def as_read_channels(graph: Graph, layer: GroupedLayer) -> Removable:
 
 def _together(graph: Graph, tied: CoupledChannels, one: int, other: int) -> str:
     """Say that two groups are channels of one bundle, and what bundles them."""
-    for module in graph.modules(tied):
-        if size := normalised_together(module):
-            return (
-                f"GroupNorm '{graph.names[module]}' normalises {size} of these channels as one: "
-                f"groups {one} and {other} can only go together, as grouping='structure' has them"
-            )
+    sizes = {module: normalised_together(module) for module in graph.modules(tied)}
+    norm = max(sizes, key=lambda module: sizes[module], default=None)
+    if norm is not None and sizes[norm] > 1:
+        return (
+            f"GroupNorm '{graph.names[norm]}' normalises {sizes[norm]} of these channels as one: "
+            f"groups {one} and {other} can only go together, as grouping='structure' has them"
+        )
     return f"groups {one} and {other} can only go together"
 
 
@@ -192,6 +193,12 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
             if value:
                 name, kind = graph.names[module], type(module).__name__
                 return f"'{name}' ({kind}) turns 0 into {value:.3g}"
+    for side in found.tied.positions:
+        module = side[0].module
+        reads = side[0].type in PRODUCERS and not graph.outward(side)
+        if reads and not type(module).forward.__module__.startswith("torch.nn."):
+            name, kind = graph.names[module], type(module).__name__
+            return f"'{name}' ({kind}) has a forward of its own, which may mix what it reads"
     operations = {
         type(node.grad_fn).__name__.removesuffix("Backward0")
         for node, _ in found.tied.positions
@@ -403,7 +410,7 @@ class _Trial:
             plan.apply(small)
             differs = differing_layer(zeroed, small, self.example_input, plan)
         except ValueError as error:
-            return f"the network does not run without them: {error.__cause__ or error}"
+            return f"the network does not run without them: {reason_of(error)}"
         return _CHANGED if differs else ""
 
 

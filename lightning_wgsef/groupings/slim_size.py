@@ -13,7 +13,12 @@ from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, on_model
 from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.network.dependency_graph import build_graph
-from lightning_wgsef.network.example_input import model_copy, tensors, with_batch_size
+from lightning_wgsef.network.example_input import (
+    model_copy,
+    reason_of,
+    tensors,
+    with_batch_size,
+)
 from lightning_wgsef.network.experts import expert_modules
 from lightning_wgsef.network.flops import Operation, operations
 from lightning_wgsef.network.layers import canonical_name
@@ -210,7 +215,7 @@ class _Shapes:
             if self.surgery.widths:
                 raise ValueError(
                     f"the network does not run without a group of '{name}': "
-                    f"{error.__cause__ or error}; leave it out with exclude=['{name}']"
+                    f"{reason_of(error)}; leave it out with exclude=['{name}']"
                 ) from error
             self.surgery.widths = True  # another way to say how wide all heads are
             return self.without(dead, name)
@@ -325,7 +330,7 @@ def _check(
     except ValueError as error:
         raise ValueError(
             f"the network does not run without half of the groups of "
-            f"{', '.join(x.name for x in layers)}: {error.__cause__ or error}; leave some out with "
+            f"{', '.join(x.name for x in layers)}: {reason_of(error)}; leave some out with "
             "exclude"
         ) from error
     foretold = float(size.of(~gone))

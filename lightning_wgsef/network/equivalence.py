@@ -13,6 +13,7 @@ from lightning_wgsef.network.example_input import (
     mapped,
     model_copy,
     observed,
+    reason_of,
     run_example,
     seeded,
     tensors,
@@ -262,7 +263,7 @@ def _compare(
     except ValueError as error:
         raise ValueError(
             f"without its zero groups, {type(before).__name__} does not run in {mode}: "
-            f"{error.__cause__}. Nothing was changed"
+            f"{reason_of(error)}. Nothing was changed"
         ) from error
     largest = relative_difference(found[OUTPUTS], expected[OUTPUTS], 1.0)
     if largest > TOLERANCE and not _agree_in_float64(before, after, example):

@@ -47,6 +47,16 @@ def run_example(model: nn.Module, example_input: Any) -> Any:
         ) from error
 
 
+def reason_of(error: BaseException) -> str:
+    """What went wrong: the words of the cause, or its kind where it has none.
+
+    >>> reason_of(ValueError("too few")), reason_of(AssertionError())
+    ('too few', 'AssertionError')
+    """
+    cause = error.__cause__ or error
+    return str(cause).strip() or type(cause).__name__
+
+
 def on_device_of(model: nn.Module, example_input: Any) -> tuple[Any, ...] | dict[str, Any]:
     """The arguments of ``forward``, tensors on the device of the model's first parameter.
 

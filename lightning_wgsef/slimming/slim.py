@@ -35,6 +35,7 @@ from lightning_wgsef.network.example_input import (
     accepted_variation,
     doubled,
     model_copy,
+    reason_of,
     run_example,
 )
 from lightning_wgsef.network.experts import expert_modules
@@ -386,7 +387,7 @@ class _Slimmer:
                 outputs = self._outputs(smaller)
                 failure = self._differing(outputs, smaller, plan)
             except Exception as error:  # a cut that does not fit may end in anything
-                failure = f"the network does not run without them: {error.__cause__ or error}"
+                failure = f"the network does not run without them: {reason_of(error)}"
                 outputs = []
             self._last = key, (failure, outputs)
         return self._last[1]

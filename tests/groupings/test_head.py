@@ -296,6 +296,7 @@ def attention_with(**more):
         ({"norm": nn.LayerNorm(12)}, ""),  # behind the output
         ({"bias": nn.Embedding(7, 4)}, "'bias.weight' has an entry for every head"),
         ({"sinks": nn.Parameter(torch.zeros(4))}, "'sinks' has an entry for every head"),
+        ({"sr": nn.Conv2d(12, 12, 4, 4)}, ""),  # PVT: as many heads as places of a kernel
     ],
 )
 def test_what_stands_against_taking_heads_out(more, obstacle):
