@@ -72,7 +72,7 @@ def test_acts_once_for_every_step_of_the_optimizer(accumulate: int) -> None:
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("stop", [13, 20, 27, 60])
+@pytest.mark.parametrize("stop", [13, 20, 27, 39, 60])
 def test_resume_is_bit_identical(tmp_path: Any, optimizer: str, stop: int) -> None:
     """Stops in the first epoch, at its end, just before the freeze and after it (at step 40)."""
 
