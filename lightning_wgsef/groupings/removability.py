@@ -24,9 +24,10 @@ from lightning_wgsef.network.channels import (
     slices,
 )
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
-from lightning_wgsef.network.equivalence import differing_layer
+from lightning_wgsef.network.equivalence import differing_layer, layer_outputs
 from lightning_wgsef.network.example_input import perturbed, reason_of
-from lightning_wgsef.network.layers import modules_by_name, tensors_by_name
+from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
+from lightning_wgsef.network.layers import modules_by_name, tensors_by_name, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.recurrent import UnitLayer
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, possible_removals
@@ -291,7 +292,8 @@ def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dic
     units, channels = _doubtful(groups)
     if units or channels:
         trial = _Trial(perturbed(model), example_input)
-        causes.update(_failures(trial.units, units))
+        idle = trial.idle(units)
+        causes.update(_failures(trial.units, [x for x in units if x.name not in idle]) | idle)
     if channels:
         graph = build_graph(model, example_input)
         found = [
@@ -367,6 +369,17 @@ class _Trial:
         self.generator = torch.Generator().manual_seed(0)
 
     @torch.no_grad()
+    def idle(self, layers: list[GroupedLayer]) -> dict[str, str]:
+        """Find layers of which something does not run, with that for a cause."""
+        observer = InterfaceObserver(self.network)
+        with observer.watching():
+            layer_outputs(self.network, self.example_input)
+        names = [x.name for x in weighted_layers(self.network) if not x.problem]
+        left = {name for _, own in idle_parts(names, observer.ran) for name in own}
+        places = {x.name: {m.name.rpartition(".")[0] for m in x.members} for x in layers}
+        return {name: "example_input does not run it" for name in places if places[name] & left}
+
+    @torch.no_grad()
     def units(self, layers: list[GroupedLayer]) -> str:
         """Say how the outputs without half of the heads or hidden units differ."""
         # One of every two: a forward that keeps units in pairs fails with single ones.
@@ -405,7 +418,7 @@ class _Trial:
         return torch.randperm(layer.count, generator=self.generator)[: layer.count // 2]
 
     def _difference(self, zeroed: nn.Module, plan: RemovalPlan) -> str:
-        small = _copy(zeroed, plan.kept.keys())
+        small = _copy(zeroed, [*plan.kept, *plan.parts])
         try:
             plan.apply(small)
             differs = differing_layer(zeroed, small, self.example_input, plan)

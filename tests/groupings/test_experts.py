@@ -13,6 +13,7 @@ from torch.nn import functional
 
 from lightning_wgsef import WGSEF, HalfSpace, Homotopy, group_parameters, load_slim, save_slim, slim
 from lightning_wgsef.groupings.experts import expert_units
+from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.network.equivalence import layer_outputs
 from lightning_wgsef.network.experts import IN_TURN
 from tests.helpers.removal import NEGLIGIBLE, difference, drawn, removal
@@ -227,6 +228,21 @@ def test_every_expert_is_compared():
         changed = [name for name in before if not torch.equal(before[name][0], after[name][0])]
         assert changed
         assert all(name.startswith((IN_TURN, "block.experts.0")) for name in changed)
+
+
+def test_a_cut_of_other_units_is_seen(monkeypatch):
+    """Planted fault: the columns that go are not those of the rows."""
+
+    def wrong(*args, **options):
+        plan = unit_removal(*args, **options)
+        for rows in plan.parts.get("block.experts.down", {}).values():
+            rows.reverse()
+        return plan
+
+    network = drawn(Net(Stacked()))
+    monkeypatch.setattr("lightning_wgsef.groupings.removability.unit_removal", wrong)
+    groups = group_parameters(network, "hidden", example_input=X)
+    assert {"outputs change" in layer.obstacle for layer in groups.layers} == {True}
 
 
 def test_as_many_experts_stay_as_tokens_are_sent_to():

@@ -283,3 +283,23 @@ def test_a_network_that_cannot_be_followed():
     assert not layer.removable
     assert layer.obstacle.startswith("not known: ")
     assert "gradient" in layer.obstacle
+
+
+class Unused(nn.Module):
+    """Whose second block waits for another input, as cross-attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+        self.second = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x, other=None):
+        return self.first(x) if other is None else self.second(other) + self.first(x)
+
+
+def test_what_the_example_does_not_run_is_not_promised():
+    found = group_parameters(Unused(), "hidden", example_input=torch.ones(2, 4))
+    causes = {layer.name: layer.obstacle for layer in found.layers}
+    assert causes == {"first.0": "", "second.0": "example_input does not run it"}
+    both = group_parameters(Unused(), "hidden", example_input=(torch.ones(2, 4), torch.ones(2, 4)))
+    assert all(layer.removable for layer in both.layers)
