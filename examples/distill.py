@@ -1,11 +1,12 @@
 """What the second half of a run is worth: a learning rate that is rewound, and a dense teacher.
 
     python -m examples.distill
+    python -m examples.distill --task LeNet-5 --data-dir data
 
 Half of a run makes the network sparse, the other half trains what stays. Compared are a learning
 rate that falls over the whole run, one that starts again at the freeze, and the same with a dense
 teacher, whose outputs are learned beside the labels (Hinton, Vinyals and Dean, 2015). On the digits
-of scikit-learn; under a minute.
+of scikit-learn in under a minute, or on the tasks of `examples.convergence`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import copy
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
@@ -23,7 +25,8 @@ from torch.nn.functional import cross_entropy, kl_div, log_softmax
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from examples.data.modules import Digits
+from examples.convergence import TASKS, loaded
+from examples.data.modules import Digits, InMemory
 from examples.models.lenet import SmallConvNet
 from examples.training import Batch, Classifier, accuracy, quiet_trainer
 from lightning_wgsef import WGSEFCallback
@@ -143,28 +146,36 @@ class FallingOnce(Distilled):
 def main() -> None:
     """Train a dense network, and from its weights three that keep a quarter of the channels."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--task", choices=("digits", *TASKS), default="digits")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="of the data sets")
+    parser.add_argument("--epochs", type=int, default=20, help="on the digits")
     parser.add_argument("--k", type=float, default=0.25, help="share of the channels that stay")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     torch.set_flush_denormal(True)
-    data = Digits(batch_size=64)
+    make: Callable[[], nn.Module] = SmallConvNet
+    epochs, k, more = options.epochs, options.k, {"lr": 3e-3}
+    data: InMemory = Digits(batch_size=64)
+    if options.task != "digits":
+        task = TASKS[options.task]
+        make, data = task.make, loaded(task, options.data_dir)
+        epochs, k = task.epochs, task.k
+        more = {"lr": task.sgd, "optimizer": "sgd", "weight_decay": 5e-4}
 
-    def train(name: str, make: Callable[[nn.Module], Classifier], callbacks: list[Any]) -> Any:
+    def train(name: str, kind: type[Distilled], start: Any, teacher: Any, *callbacks: Any) -> Any:
         pl.seed_everything(options.seed, verbose=False)
-        model = make(SmallConvNet())
-        quiet_trainer(options.epochs, callbacks).fit(model, data)
+        network = make()
+        if start is not None:
+            network.load_state_dict(start.state_dict())
+        model = kind(network, teacher, **more)
+        quiet_trainer(epochs, list(callbacks)).fit(model, data)
         print(f"{name}: {accuracy(model, data.test_dataloader()):.1f} % right")
-        return model.network
+        return network
 
-    dense = train("dense", lambda network: FallingOnce(network, None, lr=3e-3), [])
+    dense = train("dense", FallingOnce, None, None)
 
     def pruned(name: str, kind: type[Distilled], teacher: nn.Module | None) -> None:
-        def make(network: nn.Module) -> Classifier:
-            network.load_state_dict(dense.state_dict())
-            return kind(network, teacher, lr=3e-3)
-
-        train(name, make, [WGSEFCallback(k=options.k)])
+        train(name, kind, dense, teacher, WGSEFCallback(k=k))
 
     pruned("pruned", FallingOnce, None)
     pruned("pruned, rate rewound at the freeze", Distilled, None)
