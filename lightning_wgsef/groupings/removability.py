@@ -197,7 +197,7 @@ def cause_of_leak(graph: Graph, found: Removable) -> str:
     for side in found.tied.positions:
         module = side[0].module
         reads = side[0].type in PRODUCERS and not graph.outward(side)
-        if reads and not type(module).forward.__module__.startswith("torch.nn."):
+        if reads and not str(type(module).forward.__module__).startswith("torch.nn."):
             name, kind = graph.names[module], type(module).__name__
             return f"'{name}' ({kind}) has a forward of its own, which may mix what it reads"
     operations = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.network.layers import (
@@ -16,6 +15,7 @@ from lightning_wgsef.network.layers import (
     parameter_homes,
     unwrap,
 )
+from lightning_wgsef.network.look_alikes import acts_like
 
 ROLES = ("query", "key", "value")
 
@@ -169,7 +169,7 @@ def dense_layers(model: nn.Module) -> dict[nn.Module, DenseLayer]:
             canonical_name(name), module, parameter_problem(module, ("weight", "bias"), homes)
         )
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) or _is_transposed(module) or _acts_as_linear(module)
+        if isinstance(module, nn.Linear) or _is_transposed(module) or acts_like(module) is nn.Linear
     }
 
 
@@ -236,25 +236,6 @@ def parameter_problem(module: nn.Module, names: Iterable[str], homes: Homes) -> 
 def _is_transposed(module: nn.Module) -> bool:
     # transformers is not imported for it, so the class is known by name and attribute.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-
-
-@torch.no_grad()
-def _acts_as_linear(module: nn.Module) -> bool:
-    """Try whether a module of one's own, with a matrix for its weight, is a dense layer."""
-    weight, bias = (module._parameters.get(name) for name in ("weight", "bias"))
-    if weight is None or is_lazy(weight) or weight.dim() != 2 or not weight.is_floating_point():
-        return False
-    if any(True for _ in module.children()) or set(module._parameters) > {"weight", "bias"}:
-        return False
-    given = torch.randn(3, weight.shape[1], generator=torch.Generator().manual_seed(0)).to(weight)
-    try:
-        found = module.forward(given)
-        expected = nn.functional.linear(given, weight, bias)
-    except Exception:  # the forward is anybody's, and takes what it takes
-        return False
-    if not isinstance(found, Tensor) or found.shape != expected.shape:
-        return False
-    return bool(torch.allclose(found, expected, rtol=1e-4, atol=1e-5))
 
 
 def _inner(module: nn.Module, path: str) -> nn.Module | None:

@@ -27,6 +27,7 @@ from lightning_wgsef.network.example_input import (
 )
 from lightning_wgsef.network.index_mapping import Index, infer_sizes, map_parts, part_size
 from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.look_alikes import follow_look_alikes
 from lightning_wgsef.network.operations import (
     HEAD,
     MODULE_OPERATIONS,
@@ -339,6 +340,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
         if getattr(module, "inplace", False) is True:  # it would hide its input from the trace
             module.inplace = False  # type: ignore[assignment]
     follow_units(clone)
+    follow_look_alikes(clone)
     for parameter in clone.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     names = {module: canonical_name(name) for name, module in clone.named_modules()}

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.network.look_alikes import acts_like
+
 _Convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 _Transposed = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -195,7 +197,8 @@ def is_lazy(parameter: object) -> bool:
 
 
 def _is_weighted(module: nn.Module) -> bool:
-    return isinstance(module, (*_Convolution, *_Transposed, nn.Linear))
+    known = isinstance(module, (*_Convolution, *_Transposed, nn.Linear))
+    return known or acts_like(module) is not None
 
 
 def computed_weight(module: nn.Module, name: str = "weight") -> str:

@@ -347,6 +347,11 @@ def _cut_side(
     def remove(tensor: str, axis: int, places: list[int]) -> None:
         plan.remove(name, module, tensor, axis, places)
 
+    def lower(sizes: Iterable[str]) -> None:
+        for size in sizes:
+            if size in vars(module):  # what only looks like a layer may say no size
+                plan.resize(name, module, size, less)
+
     if isinstance(module, UnitLayer):
         outward = graph.outward(side)
         rows = module.rows(positions) if outward else positions
@@ -359,25 +364,23 @@ def _cut_side(
             return
         for tensor in _NORM_TENSORS:
             remove(tensor, 0, positions)
-        for size in _PASSED[node.type]:
-            plan.resize(name, module, size, less)
+        lower(_PASSED[node.type])
         if together := normalised_together(module):
             plan.resize(name, module, "num_groups", less // together)
     elif node.type == OPTYPE.EMBED:
         remove("weight", 1, positions)
         plan.resize(name, module, "embedding_dim", less)
     elif node.type in (OPTYPE.CONV, OPTYPE.LINEAR):
-        kind = "channels" if node.type == OPTYPE.CONV else "features"
         across = int(getattr(module, "transposed", False))
         if graph.outward(side):
             remove("weight", across, positions)
             remove("bias", 0, positions)
-            plan.resize(name, module, f"out_{kind}", less)
+            lower(("out_channels", "out_features"))
         else:
             # The parts of a grouped convolution are cut alike; its weight shows one of them.
             each = module.weight.shape[1 - across]
             remove("weight", 1 - across, [place for place in positions if place < each])
-            plan.resize(name, module, f"in_{kind}", less)
+            lower(("in_channels", "in_features"))
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.network.example_input import observed, run_example
+from lightning_wgsef.network.look_alikes import acts_like
 
 
 def constants(
@@ -57,7 +58,7 @@ def constants(
     return {**unseen, **found}
 
 
-def fold(layer: nn.Module, positions: Iterable[int], values: Tensor) -> str:
+def fold(layer: Any, positions: Iterable[int], values: Tensor) -> str:
     """Move constant input channels of a layer into its bias, and zero the weights that read them.
 
     The layer gets a bias if it has none. Exact for dense layers, and for convolutions whose border
@@ -77,7 +78,8 @@ def fold(layer: nn.Module, positions: Iterable[int], values: Tensor) -> str:
     'a constant that is not zero meets the zeros of its padding'
     """
     where = list(positions)
-    if isinstance(layer, nn.Linear):
+    biased = getattr(layer, "bias", None) is not None
+    if isinstance(layer, nn.Linear) or (acts_like(layer) is nn.Linear and biased):
         weight = layer.weight.detach()
     elif isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) and layer.groups == 1:
         padded = layer.padding not in ("valid", (0,) * len(layer.kernel_size))
