@@ -88,9 +88,9 @@ def group_parameters(
         scope: "layer", every layer has its own budget; "global", all layers compete for one, of
             which each keeps its strongest group.
         weights: penalty weights, which say what makes a group strong: "uniform", "size",
-            "sqrt_size", "layer_norm" (see `with_weights`), a tensor with an entry for every group,
-            layer after layer, or a mapping from layer names to tensors. None: "uniform", or with
-            ``scope="global"`` "layer_norm", which makes layers comparable.
+            "sqrt_size", "layer_norm", "taylor", "fisher" (see `with_weights`), a tensor with an
+            entry for every group, layer after layer, or a mapping from layer names to tensors.
+            None: "uniform", or with ``scope="global"`` "layer_norm", which makes layers comparable.
         costs: what a group costs, and thereby the unit of k: None, 1; "params" and "flops", what
             `slim` takes out of the network with it, of everything that makes or reads it: with
             ``scope="global"`` the slim network has at most the share k of the dense one's, what is

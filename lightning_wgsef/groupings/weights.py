@@ -13,10 +13,16 @@ from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
 
 Weights = (
-    Literal["layer_norm", "size", "sqrt_size", "uniform"] | Tensor | Mapping[str, Tensor] | None
+    Literal["fisher", "layer_norm", "size", "sqrt_size", "taylor", "uniform"]
+    | Tensor
+    | Mapping[str, Tensor]
+    | None
 )
 
-NAMES = ("layer_norm", "size", "sqrt_size", "uniform")
+NAMES = ("fisher", "layer_norm", "size", "sqrt_size", "taylor", "uniform")
+
+# Those that are measured from gradients, while the network trains.
+MEASURED = ("fisher", "taylor")
 
 
 def check_weights(weights: Weights) -> None:
@@ -25,7 +31,7 @@ def check_weights(weights: Weights) -> None:
     >>> check_weights("sizes")  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     ...
-    ValueError: weights must be 'layer_norm', 'size', 'sqrt_size', 'uniform', a tensor...
+    ValueError: weights must be 'fisher', 'layer_norm', 'size', 'sqrt_size', 'taylor', ...
     """
     if (
         weights is None
@@ -56,6 +62,9 @@ def with_weights(
       it is measured anew at every step, for layers grow at different rates and the fastest would
       win; else once.
 
+    - "taylor" and "fisher": what the loss would lose with a group, over its squared norm, measured
+      from the gradients of training, see `Importance`; 1 until then.
+
     The mean over groups that compete is 1 for the first three: the meaning of lam stays. None is
     "uniform", or with ``scope="global"`` "layer_norm".
 
@@ -67,6 +76,8 @@ def with_weights(
     if isinstance(weights, str):
         if weights == "uniform":
             return list(layers)
+        if weights in MEASURED:
+            return [_to_be_measured(layer, weights) for layer in layers]
         if weights == "layer_norm" and scope == "global":
             return [replace(layer, layer_normalised=True) for layer in layers]
         found = {layer.name: _named(layer, weights) for layer in layers}
@@ -78,6 +89,15 @@ def with_weights(
         replace(x, weights=found[x.name] if x.weights is None else found[x.name] * x.weights)
         for x in layers
     ]
+
+
+def _to_be_measured(layer: GroupedLayer, weights: str) -> GroupedLayer:
+    if not any(member.parameter.requires_grad for member in layer.members):
+        raise ValueError(
+            f"weights={weights!r} is measured from gradients, of which the frozen layer "
+            f"'{layer.name}' ({layer.grouping}) has none; leave it out, or take 'layer_norm'"
+        )
+    return replace(layer, weights=torch.ones(layer.count))
 
 
 def _named(layer: GroupedLayer, weights: str) -> Tensor:

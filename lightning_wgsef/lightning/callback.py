@@ -111,8 +111,8 @@ class WGSEFCallback(Callback):
             "block:16x16", "element", ...), a function from a module to `Groups`, or a mapping from
             patterns of layer names to these. None: "channel", or with ``masks`` what was pruned.
         scope: "layer", or "global": all layers compete for one budget.
-        weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", or
-            tensors.
+        weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", "taylor"
+            or "fisher" (what the loss would lose with it, from gradients), or tensors.
         costs: what a group costs: None (1), "params" or "flops" (with ``scope="global"`` k is then
             the share of the slim network), "latency", or tensors.
         example_input: for what follows a forward pass ("structure", "layer", sizes and costs);

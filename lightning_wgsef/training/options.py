@@ -13,7 +13,7 @@ from lightning_wgsef.groupings.budget import DEFAULT_K, Budget
 from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import check_arguments, group_parameters
 from lightning_wgsef.groupings.registry import DEFAULT_GROUPING, Grouping
-from lightning_wgsef.groupings.weights import Weights
+from lightning_wgsef.groupings.weights import MEASURED, Weights
 from lightning_wgsef.groupings.width_limits import Bound, Multiple
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope
@@ -111,6 +111,7 @@ class Settings:
         debias: what debias stands for.
         penalty: what penalty stands for.
         half_space: what half_space stands for.
+        importance: "taylor" or "fisher" where the weights are measured from gradients; else None.
 
     Raises:
         ValueError: an argument that no model could make right.
@@ -153,6 +154,13 @@ class Settings:
         self.schedule = as_schedule(lam, options["freeze"], has_budget)
         self.debias = resolve_debias(options["debias"], self.schedule)
         check_step(options["metric"], self.penalty, self.schedule, self.debias, options["scope"])
+        weights = options["weights"]
+        self.importance = weights if isinstance(weights, str) and weights in MEASURED else None
+        if self.importance is not None and options["metric"] != "identity":
+            raise ValueError(
+                f"metric must be 'identity' with weights={weights!r}, which say what a squared "
+                f"norm is worth, got {options['metric']!r}"
+            )
         self.half_space = as_half_space(options["half_space"])
         check_order(options["freeze"], self.schedule, self.ramp, self.half_space)
 

@@ -15,6 +15,7 @@ from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import check_state, pruner_state, restore
 from lightning_wgsef.training.freezing import FreezeRule, check_order
 from lightning_wgsef.training.half_space import HalfSpace, inside_half_space
+from lightning_wgsef.training.importance import Importance
 from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments, unmasked
 from lightning_wgsef.training.optimizer_hooks import holds, trains
 from lightning_wgsef.training.proximal_step import ProximalStep
@@ -40,6 +41,7 @@ class Pruner:
         ramp: how the budgets fall to those of the groups; None: they are those from the start.
         half_space: the projection that follows the step; None: none does.
         masks: masks to keep from the start.
+        importance: "taylor" or "fisher": penalty weights are measured from gradients; None: not.
 
     Raises:
         ValueError: a share of training of unknown length.
@@ -53,6 +55,7 @@ class Pruner:
         ramp: CubicRamp | None,
         half_space: HalfSpace | None,
         masks: Masks | None,
+        importance: str | None = None,
     ) -> None:
         self.step = step
         self.groups = step.groups
@@ -70,6 +73,9 @@ class Pruner:
         self._others: set[int] | None = None
         self._before: dict[str, Tensor] = {}
         self._alive: Tensor | None = None
+        self._importance: Importance | None = None
+        if importance is not None and masks is None:
+            self._importance = Importance(self.groups, importance)
         self._all_finite: Tensor | None = None
         if masks is not None:
             apply_masks(self.groups, masks)
@@ -146,6 +152,8 @@ class Pruner:
 
     def before_step(self) -> None:
         """Remember the weights where the half-space step will ask for them."""
+        if self.masks is None and self._importance is not None:
+            self._importance.remember()
         if self.masks is None and self._in_half_space_stage():
             parameters = {m.name: m.parameter for m in self.groups.layout.members}
             self._before = {name: p.detach().clone() for name, p in parameters.items()}
@@ -164,6 +172,8 @@ class Pruner:
             return
         norms = self.step.norms()
         self._guard(norms)
+        if self._importance is not None:
+            self._importance.measure(self.taken, self._allowed())
         if self.start_norms is None:
             self.start_norms = self._layer_norms(self.groups.norms())
         if self.freeze_rule.due(self.taken):

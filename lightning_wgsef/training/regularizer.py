@@ -99,6 +99,7 @@ class WGSEF:
         self.penalty, self.metric = settings.penalty, settings.options["metric"]
         self.ramp, self.half_space = settings.ramp, settings.half_space
         self.freeze = settings.options["freeze"]
+        self.importance = settings.importance
         if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
             raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
         self.total_steps: int | None = total_steps
@@ -370,4 +371,5 @@ class WGSEF:
             ramp=self.ramp,
             half_space=self.half_space,
             masks=None if masks is None else {x.name: masks[x.name] for x in groups.layers},
+            importance=self.importance,
         )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.groupings.budget import Budget
+from lightning_wgsef.groupings.budget import Budget, parsed_size
 from lightning_wgsef.groupings.registry import Grouping, find_groups, grouping_name
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
 from lightning_wgsef.groups.groups import Groups
@@ -76,6 +76,8 @@ def check_same_grouping(saved: object, own: Mapping[str, Any]) -> None:
 def _is_plain(saved: Mapping[str, Any]) -> bool:
     """Tell whether the name and k are what they can be."""
     k = saved["k"] if isinstance(saved["k"], Mapping) else {"": saved["k"]}
+    if isinstance(saved["k"], str) and parsed_size(saved["k"]) is not None:
+        k = {"": 1}
     return bool(k) and all(
         isinstance(name, str)
         and ((type(x) is int and 0 < x < _LARGEST) or (type(x) is float and 0 < x <= 1))
@@ -168,5 +170,7 @@ def _member(part: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Member:
     )
 
 
-def _number(k: Any) -> int | float:
+def _number(k: Any) -> int | float | str:
+    if isinstance(k, str):
+        return k
     return int(k) if isinstance(k, Integral) else float(k)

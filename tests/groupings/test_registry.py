@@ -27,7 +27,8 @@ def network():
     ["chanel", "", "4:2", "4:4", "0:4", "2:4:6", "block", "block:0x2", "block:2", 3, None, {}],
 )
 def test_unknown_names_list_the_known_ones(name):
-    for use in (lambda: WGSEFCallback(grouping=name), lambda: group_parameters(network(), name)):
+    uses = [lambda: WGSEFCallback(grouping=name)] * (name is not None)  # which is the default
+    for use in (*uses, lambda: group_parameters(network(), name)):
         with pytest.raises(ValueError, match="grouping must be 'channel', 'element'") as caught:
             use()
         message = str(caught.value)
@@ -131,12 +132,15 @@ def test_weights_as_tensors():
         (torch.ones(3), r"weights must have one entry for each of the 24 groups.*shape \(3,\)"),
         ({"0": torch.ones(8)}, r"weights must have the groups of every layer, \{'0': 8"),
         (torch.zeros(24), "weights of layer '0' must be positive.*lowest 0.0"),
-        ("sizes", "weights must be 'layer_norm', 'size', 'sqrt_size', 'uniform', a tensor"),
-        (2.0, "weights must be 'layer_norm'"),
+        (
+            "sizes",
+            "weights must be 'fisher', 'layer_norm', 'size', 'sqrt_size', 'taylor', 'uniform'",
+        ),
+        (2.0, "weights must be 'fisher'"),
     ):
         with pytest.raises(ValueError, match=message):
             weighted(wrong)
-    with pytest.raises(ValueError, match="weights must be 'layer_norm'"):
+    with pytest.raises(ValueError, match="weights must be 'fisher'"):
         WGSEFCallback(weights="sizes")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,18 @@ def outcomes(folder: Path, end: str) -> list[Any]:
     return [torch.load(folder / f"{end}.{rank}", weights_only=True) for rank in range(2)]
 
 
-@pytest.fixture(scope="module")
-def alone() -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    module, callback = Module(sharded=False), make_callback()
+@cache
+def alone(**arguments: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    module, callback = Module(sharded=False), make_callback(**arguments)
     trainer = make_trainer([callback], enable_checkpointing=False)
     trainer.fit(module, Shares(0, 1), Shares(0, 1))
     return module.network.state_dict(), callback.regularizer.masks
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "zero"])
-def test_two_processes_of_a_script_do_what_one_does(
-    folder: Path, alone: Any, optimizer: str
-) -> None:
+@pytest.mark.parametrize("optimizer", ["adam", "zero", "taylor"])
+def test_two_processes_of_a_script_do_what_one_does(folder: Path, optimizer: str) -> None:
     ranks = outcomes(folder, optimizer)
-    weights, masks = alone
+    weights, masks = alone(**({"weights": "taylor"} if optimizer == "taylor" else {}))
     assert {name: int(mask.sum()) for name, mask in masks.items()} == {
         "network.conv1": 2,
         "network.conv2": 2,

@@ -2,7 +2,7 @@
 
 python tests/scripts/ddp.py FOLDER
 
-Three trainings, one after another, whose names are in ``TRAININGS``.
+Four trainings, one after another, whose names are in ``TRAININGS``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ TRAININGS = {
     "adam": ("adam", None),
     "zero": ("zero", None),
     "zero resumed": ("zero", f"zero.step={RESUMED_FROM}.ckpt"),
+    "taylor": ("adam", None),
 }
 
 
@@ -42,7 +43,8 @@ class WithOptimizer(Module):
 
 def train(folder: str, end: str) -> None:
     optimizer, start = TRAININGS[end]
-    module, callback = WithOptimizer(optimizer), make_callback(dashboard=True)
+    measured = {"weights": "taylor"} if end == "taylor" else {}
+    module, callback = WithOptimizer(optimizer), make_callback(dashboard=True, **measured)
     logger = TensorBoardLogger(folder, name="logs", version=end)
     saver = ModelCheckpoint(folder, f"{end}.{{step}}", every_n_train_steps=5, save_top_k=-1)
     arguments = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}
