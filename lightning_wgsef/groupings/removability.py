@@ -25,7 +25,7 @@ from lightning_wgsef.network.channels import (
 )
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, build_graph
 from lightning_wgsef.network.equivalence import differing_layer, layer_outputs
-from lightning_wgsef.network.example_input import perturbed, reason_of
+from lightning_wgsef.network.example_input import observed, perturbed, reason_of
 from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
 from lightning_wgsef.network.layers import modules_by_name, tensors_by_name, weighted_layers
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
@@ -292,8 +292,8 @@ def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dic
     units, channels = _doubtful(groups)
     if units or channels:
         trial = _Trial(perturbed(model), example_input)
-        idle = trial.idle(units)
-        causes.update(_failures(trial.units, [x for x in units if x.name not in idle]) | idle)
+        causes.update(_failures(trial.units, units))
+        causes.update(trial.idle([x for x in units if _reader(x) not in trial.called]))
     if channels:
         graph = build_graph(model, example_input)
         found = [
@@ -362,15 +362,21 @@ class _Trial:
     Args:
         network: a copy with random biases, scales and statistics.
         example_input: what it is run on.
+
+    Attributes:
+        called: names of the modules that read units and were called in a trial.
     """
 
     def __init__(self, network: nn.Module, example_input: Any) -> None:
         self.network, self.example_input = network, example_input
         self.generator = torch.Generator().manual_seed(0)
+        self.called: set[str] = set()
 
     @torch.no_grad()
     def idle(self, layers: list[GroupedLayer]) -> dict[str, str]:
         """Find layers of which something does not run, with that for a cause."""
+        if not layers:
+            return {}
         observer = InterfaceObserver(self.network)
         with observer.watching():
             layer_outputs(self.network, self.example_input)
@@ -395,7 +401,10 @@ class _Trial:
             _zero(zeroed, layer, half, readers=layer.grouping != "expert")
             mask = torch.zeros(layer.count, dtype=torch.bool)
             units.append((layer, mask.index_fill_(0, half, True)))
-        return self._difference(zeroed, unit_removal(self.network, units, widths=widths))
+        modules = modules_by_name(zeroed)
+        readers = {name: modules[name] for name in map(_reader, layers)}
+        with observed(readers, after=lambda name, *_: self.called.add(name)):
+            return self._difference(zeroed, unit_removal(self.network, units, widths=widths))
 
     @torch.no_grad()
     def channels(self, graph: Graph, found: list[Removable]) -> str:
@@ -425,6 +434,10 @@ class _Trial:
         except ValueError as error:
             return f"the network does not run without them: {reason_of(error)}"
         return _CHANGED if differs else ""
+
+
+def _reader(layer: GroupedLayer) -> str:
+    return layer.members[-1].name.rpartition(".")[0]
 
 
 _CHANGED = "the outputs change when zero groups are taken out"

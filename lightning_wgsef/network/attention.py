@@ -53,6 +53,11 @@ PROJECTIONS: list[ProjectionNames] = [
     ProjectionNames("self.query", "self.key", "self.value", "output.dense"),  # BERT, RoBERTa
     ProjectionNames("attention.query", "attention.key", "attention.value", "output.dense"),
     ProjectionNames("query", "key", "value", "dense"),  # ALBERT
+    ProjectionNames("query", "key", "value", "proj"),  # PVT
+    ProjectionNames(
+        "self.query_proj", "self.key_proj", "self.value_proj", "output.dense"
+    ),  # DeBERTa
+    ProjectionNames("self.in_proj", "self.in_proj", "self.in_proj", "output.dense", by_kind=False),
     ProjectionNames("q", "k", "v", "o"),  # T5
     ProjectionNames("q_lin", "k_lin", "v_lin", "out_lin"),  # DistilBERT
     ProjectionNames("wq", "wk", "wv", "wo"),  # Llama as first published

@@ -130,7 +130,7 @@ def _stacked(module: nn.Module) -> dict[str, nn.Parameter]:
         }
     if any(is_lazy(parameter) for parameter in own.values()):
         return {}
-    cubes = [x for x in own.values() if x.dim() == 3 and x.is_floating_point() and len(x) > 1]
+    cubes = [x for x in own.values() if x.dim() == 3 and x.is_floating_point() and min(x.shape) > 1]
     counts = {len(x) for x in cubes}
     if len(cubes) < 2 or len(counts) > 1:
         return {}

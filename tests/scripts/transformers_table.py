@@ -167,7 +167,7 @@ def measured(make: Callable[[], nn.Module], example: Any, other: Any, grouping: 
         factors.append(torch.zeros(layer.count).index_fill_(0, alive, 1.0))
     groups.scale_(torch.cat(factors))
     slimmed = slim(network, example)
-    promised = [x for x in groups.layers if x.removable]
+    promised = [x for x in groups.layers if x.removable and x.count > x.budget]
     record = slimmed.slimming
     shrunk = record.parameters[1] < record.parameters[0]
     gone = [x for x in promised if shrunk and x.name not in record.kept]
@@ -178,7 +178,7 @@ def measured(make: Callable[[], nn.Module], example: Any, other: Any, grouping: 
         apart = difference(network, slimmed, example)
     return {
         "groups": len(groups),
-        "layers": len(groups.layers),
+        "layers": len([x for x in groups.layers if x.count > x.budget]),
         "promised": len(promised),
         "taken": len(gone),
         "parameters": list(record.parameters),
