@@ -123,8 +123,8 @@ class Homotopy(Schedule):
       of the ramp, however long that is.
     - ``lam``: :math:`\tau_0 = \mathrm{lr} \cdot \lambda`, the paper's step at the start. A larger
       :math:`\lambda` makes groups compete earlier and harder. Where it is below 10/n, :math:`\tau`
-      makes up for it, in a straight line, in the first tenth of the ramp: a small :math:`\lambda`
-      starts later, and arrives, too.
+      makes up for it, in a straight line, in the first fiftieth of the ramp: a small
+      :math:`\lambda` arrives, too, and chooses the same groups.
     - ``start``: :math:`\tau_0` itself; with 1 every step is the projection, which is gradual
       magnitude pruning.
 
@@ -144,8 +144,8 @@ class Homotopy(Schedule):
 
     >>> [round(Homotopy(length=40).step_size(i, None, lr=0.1), 3) for i in (-1, 9, 19, 29, 39)]
     [0.25, 0.354, 0.5, 0.707, 1.0]
-    >>> [round(Homotopy(lam=0.1, length=40).step_size(i, None, lr=0.1), 3) for i in (-1, 1, 3, 39)]
-    [0.01, 0.139, 0.287, 1.0]
+    >>> [round(Homotopy(lam=1, length=200).step_size(i, None, lr=1e-3), 3) for i in (-1, 1, 3, 199)]
+    [0.001, 0.026, 0.053, 1.0]
     >>> [round(Homotopy(length=40).left(i, None), 2) for i in (-1, 9, 19, 29, 39)]
     [1.0, 0.38, 0.09, 0.0, 0.0]
     """
@@ -205,7 +205,7 @@ class Homotopy(Schedule):
 # of the ramp in which a small lam catches up, and after which the budget is the one that was named;
 # where a ramp without a length ends.
 _FADES = 10.0
-_CATCHES_UP = 0.1
+_CATCHES_UP = 0.02
 _ARRIVES = 0.9
 _HALF = 0.5
 
