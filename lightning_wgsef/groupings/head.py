@@ -74,7 +74,13 @@ def head_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
             (found[block.name],) = layouts
         elif example_input is not None:
             # Whatever may stand against taking heads out is tried, too.
-            tried = [replace(layer, removable=True, obstacle="") for layer in layouts]
+            own = _entries(block, layouts[0].count)
+            tried = [
+                replace(layer, removable=True, obstacle="", members=(*some, *more, last))
+                for more in ([own, []] if own else [[]])
+                for layer in layouts
+                for *some, last in [layer.members]
+            ]
             pending[block.name] = tried
             if block.by_kind and layouts[0].obstacle not in ("", _UNPROVED):
                 hindered[block.name] = layouts[0]
@@ -276,10 +282,8 @@ def _obstacle(block: AttentionBlock, count: int) -> str:
     """Say why zero heads cannot be taken out of the module; "" if they can."""
     if isinstance(block.module, nn.MultiheadAttention):
         return ""
-    heads = _number(block, HEADS, config=False) or _number(block, HEADS, config=True) or count
     whole = {*(layer.outputs for layer in block.layers.values()), block.layers["output"].inputs}
     projections = [layer.module for layer in block.layers.values()]
-    width = block.layers["output"].inputs // heads
     for place in dict.fromkeys([block.module, block.holder]):
         children = list(place.named_children())
         own = [number for number, (_, child) in enumerate(children) if child in projections]
@@ -287,18 +291,40 @@ def _obstacle(block: AttentionBlock, count: int) -> str:
             parameters = dict(child.named_parameters(recurse=False))
             if child in projections or not parameters:
                 continue
-            if "norm" in type(child).__name__.lower():
+            if _is_norm(child):
                 # A norm defined behind the projections, as in ALBERT, is not between them.
                 is_between = own and own[0] < number < own[-1]
                 named_so = re.match("(q|k|query|key|attn_sub)_", name)
                 if (is_between or named_so) and next(iter(parameters.values())).numel() in whole:
                     return f"{type(child).__name__} '{name}' normalises over all heads"
-                continue
-            for parameter_name, parameter in parameters.items():
-                if heads > 1 and _is_for_every_head(child, parameter, heads, width):
-                    path = f"{name}.{parameter_name}".lstrip(".")
-                    return f"'{path}' has an entry for every head"
+    for member in _entries(block, count):
+        path = member.name[len(block.name) :].lstrip(".")
+        return f"'{path}' has an entry for every head"
     return ""
+
+
+def _entries(block: AttentionBlock, count: int) -> list[Member]:
+    """Weights beside the projections that seem to have an entry for every head, such as biases."""
+    heads = _number(block, HEADS, config=False) or _number(block, HEADS, config=True) or count
+    projections = [layer.module for layer in block.layers.values()]
+    width, members = block.layers["output"].inputs // heads, []
+    for place in dict.fromkeys([block.module, block.holder]):
+        inside = next(name for name, own in block.module.named_modules() if own is place)
+        for name, child in [*place.named_children(), ("", place)]:
+            if child in projections or _is_norm(child) or heads == 1:
+                continue
+            for tensor, parameter in child.named_parameters(recurse=False):
+                if _is_for_every_head(child, parameter, heads, width):
+                    path = ".".join(filter(None, (block.name, inside, name, tensor)))
+                    axis = list(parameter.shape).index(heads)
+                    index = torch.arange(heads, device=parameter.device)
+                    index = index.div(max(1, heads // count), rounding_mode="floor")
+                    members.append(Member(path, parameter, (axis,), index))
+    return members
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _is_for_every_head(module: nn.Module, parameter: Tensor, heads: int, width: int) -> bool:

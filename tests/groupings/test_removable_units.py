@@ -69,6 +69,35 @@ class Slopes(Attention):
         return looks + torch.arange(4, dtype=looks.dtype).view(4, 1, 1) * torch.ones(1, 5, 5)
 
 
+class Biased(Attention):
+    """As BEiT, Swin and UMT5: a table of the module's own with an entry for every head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = 2, 8
+        self.relative = nn.Embedding(9, 2)
+        self.temperature = nn.Parameter(torch.ones(2, 1, 1))
+        self.scale = nn.Parameter(torch.ones(8))  # of the places in a head
+
+    def looks(self, looks: Tensor) -> Tensor:
+        places = torch.arange(5)
+        table = self.relative(places[:, None] - places + 4).permute(2, 0, 1)
+        return looks * self.temperature + table
+
+    def split(self, x: Tensor) -> Tensor:
+        return super().split(x) * self.scale
+
+
+def test_entries_of_heads_go_with_them() -> None:
+    found = removal(nn.Sequential(Biased(), Attention()), TOKENS, "head")
+    first = found.small[0]
+    assert not found.obstacles
+    assert first.relative.weight.shape == (9, 1)
+    assert first.temperature.shape == (1, 1, 1)
+    assert first.scale.shape == (8,)
+    assert first.q_proj.out_features == 8
+
+
 @pytest.mark.parametrize("attention", [Attention, ByNumber, FixedWidth])
 def test_heads_of_a_forward_that_reads_attributes(attention: Callable[[], nn.Module]) -> None:
     found = removal(nn.Sequential(attention(), attention()), TOKENS, "head")
