@@ -25,6 +25,7 @@ from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.reports.plots import plot_report, plot_sparsity
 from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.slimming.files import load_slim, save_slim
+from lightning_wgsef.slimming.prune import prune
 from lightning_wgsef.slimming.slim import slim
 from lightning_wgsef.training.half_space import HalfSpace
 from lightning_wgsef.training.masks import masks_from_zeros
@@ -60,6 +61,7 @@ __all__ = [
     "plot_sparsity",
     "prox_metric",
     "prox_multipliers",
+    "prune",
     "register_preconditioner",
     "save_slim",
     "slim",

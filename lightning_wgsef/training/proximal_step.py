@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.scope import Scope, survivors
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.penalties.envelope import Envelope, prox_multipliers
 from lightning_wgsef.penalties.preconditioned import metric_shares, tangent_shares
@@ -16,7 +17,6 @@ from lightning_wgsef.penalties.problem import Problem
 from lightning_wgsef.training.group_preconditioner import LARGEST, GroupPreconditioner
 from lightning_wgsef.training.preconditioners import preconditioner
 from lightning_wgsef.training.schedules import Schedule
-from lightning_wgsef.training.scope import Scope
 
 METRICS = ("auto", "group", "identity")
 
@@ -172,18 +172,7 @@ class ProximalStep:
     def survivors(self, norms: Tensor, budgets: Tensor) -> Tensor:
         """Return which groups the projection onto the budgets keeps, booleans of shape (m,)."""
         self.groups.layout.weigh(norms)
-        scope = Scope(self.groups, norms, budgets)
-        if scope.fitting is not None:
-            return scope.fitting & (norms > 0)
-        factors = prox_multipliers(
-            self._in_metric_of_weights(scope.norms),
-            1.0,
-            scope.budgets,
-            costs=self.groups.costs,
-            segments=self.groups.segments,
-            debias=1.0,
-        )
-        return (scope.with_kept(factors, 1.0) > 0) & (norms > 0)
+        return survivors(self.groups, norms, budgets)
 
     def _factors(self, scope: Scope) -> Tensor:
         groups, norms, budgets = self.groups, scope.norms, scope.budgets

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.importance import Importance
+from lightning_wgsef.groups.scope import value_and_gap
 from lightning_wgsef.penalties.envelope import Envelope
 from lightning_wgsef.training.checkpointing import check_state, pruner_state, restore
 from lightning_wgsef.training.freezing import FreezeRule, check_order
 from lightning_wgsef.training.half_space import HalfSpace, inside_half_space
-from lightning_wgsef.training.importance import Importance
 from lightning_wgsef.training.masks import Masks, apply_masks, clear_moments, unmasked
 from lightning_wgsef.training.optimizer_hooks import holds, trains
 from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.schedules import CubicRamp
-from lightning_wgsef.training.scope import value_and_gap
 
 # Steps between two checks that need numbers on the host: convergence, collapse, finite weights.
 CHECK_EVERY = 50

@@ -16,6 +16,7 @@ from lightning_wgsef.groupings.budget import Budget
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import Grouping
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.groups.scope import value_and_gap
 from lightning_wgsef.network.layers import canonical_name, tensors_by_name
 from lightning_wgsef.network.sharding import is_sharded
 from lightning_wgsef.penalties.envelope import Envelope
@@ -36,7 +37,6 @@ from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.pruner import Pruner
 from lightning_wgsef.training.saved_grouping import check_same_grouping, grouping_state
 from lightning_wgsef.training.schedules import CubicRamp, Schedule
-from lightning_wgsef.training.scope import value_and_gap
 
 
 class WGSEF:

@@ -6,7 +6,11 @@ import torch
 from torch import Tensor
 
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.penalties.envelope import envelope_value, sparsity_gap
+from lightning_wgsef.penalties.envelope import (
+    envelope_value,
+    prox_multipliers,
+    sparsity_gap,
+)
 
 
 class Scope:
@@ -55,6 +59,23 @@ class Scope:
         if self.kept is None:
             return per_group
         return torch.where(self.kept, value, per_group).to(per_group.dtype)
+
+
+def survivors(groups: Groups, norms: Tensor, budgets: Tensor) -> Tensor:
+    """Return which groups the projection onto the budgets keeps, booleans of shape (m,)."""
+    scope = Scope(groups, norms, budgets)
+    if scope.fitting is not None:
+        return scope.fitting & (norms > 0)
+    weights = groups.weights
+    factors = prox_multipliers(
+        scope.norms if weights is None else scope.norms * weights.sqrt(),
+        1.0,
+        scope.budgets,
+        costs=groups.costs,
+        segments=groups.segments,
+        debias=1.0,
+    )
+    return (scope.with_kept(factors, 1.0) > 0) & (norms > 0)
 
 
 def value_and_gap(groups: Groups, norms: Tensor, budgets: Tensor) -> tuple[Tensor, Tensor]:
