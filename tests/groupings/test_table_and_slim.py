@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef import Groups, group_parameters, slim
+from lightning_wgsef.network.channels import normalises_width
+from lightning_wgsef.network.equivalence import TOLERANCE
 from lightning_wgsef.network.example_input import mapped
 from lightning_wgsef.network.layers import tensors_by_name
 from tests.helpers.networks.structure_cases import CASES
@@ -73,6 +75,8 @@ def test_the_table_says_what_slim_does(name: str, grouping: str) -> None:
     sizes = {(name, axis): left[name].shape[axis] for name, axis in gone}
     before = tensors_by_name(network)
     assert sizes == {(n, axis): before[n].shape[axis] - less for (n, axis), less in gone.items()}
+    # The scale of a norm over its channels is drawn together, and rounded to float32.
+    exact = not any(map(normalises_width, network.modules()))
     for seed in range(3):
         varied = mapped(lambda x, seed=seed: redrawn(x, seed), example)
-        assert difference(network, small, varied) < NEGLIGIBLE
+        assert difference(network, small, varied) < (NEGLIGIBLE if exact else TOLERANCE)
