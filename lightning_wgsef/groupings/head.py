@@ -47,7 +47,8 @@ def head_groups(model: nn.Module, example_input: Any | None = None) -> Groups:
     `register_projections` for others). The number of heads comes from attributes of the module or
     of its ``config``, and must fit the shapes of the weights. With an example input the layout is
     proved: with the columns of half of the heads at zero, their rows may be anything. Modules for
-    which no layout passes are left out.
+    which no layout passes are left out. Weights beside the projections that have an entry for every
+    head, such as tables of relative positions, are part of it if that passes with them.
 
     Args:
         model: any module; it is copied, not touched.

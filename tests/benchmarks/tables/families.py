@@ -1,15 +1,15 @@
 """A table of the families of transformers: what of their heads and hidden units can be taken out.
 
 Every family is built small, with all weights drawn. Half of its groups are set to zero, `slim`
-takes them out, and outputs are compared on inputs of another length. It takes half an hour:
+takes them out, and outputs are compared on inputs of another length. It takes about an hour:
 
-    python -m tests.scripts.transformers_table examples/results/transformers.md [family ...]
+    python -m tests.benchmarks.tables.families examples/results/transformers.md [family ...]
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import re
 import signal
 import sys
 import warnings
@@ -210,7 +210,7 @@ def rows(only: list[str]) -> Iterator[dict]:
                     raise
                 continue  # not made small by these sizes
             seen.add(model_type)
-            for grouping in ("head", "hidden", "expert", "layer"):
+            for grouping in GROUPINGS:
                 try:
                     signal.alarm(SECONDS)
                     row[grouping] = measured(make, example, other, grouping)
@@ -231,11 +231,91 @@ def _too_long(*_: Any) -> None:
     raise TooLongError(f"more than {SECONDS} s")
 
 
+GROUPINGS = ("head", "hidden", "expert", "layer")
+
+HEAD = """# Families of transformers
+
+Made by `python -m tests.benchmarks.tables.families` with transformers {version}: {count} families
+of its mappings of models that run when they are made small (16 channels, 2 layers, 4 heads).
+Half of the groups of every layer are zero, `slim` takes them out, and the networks are compared in
+float64 on two inputs, of different lengths where the family takes them.
+
+A cell says how many groups there are, and of how many layers zero groups were promised to be
+removable, and were taken out: `8: 2, 2 of 2`. "loads" says of `head` and `hidden` that
+`from_pretrained` loads what `save_pretrained` wrote of the slim network, and does the same; the
+others need `save_slim`.
+
+{totals}
+"""
+
+
+def document(found: list[dict]) -> str:
+    """The table as Markdown."""
+    unique = {row["family"]: row for row in found}
+    totals = [
+        "| | families | groups | layers | promised | taken out |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for grouping in GROUPINGS:
+        cells = [row[grouping] for row in unique.values() if row[grouping].get("groups")]
+        sums = [sum(x[key] for x in cells) for key in ("groups", "layers", "promised", "taken")]
+        totals.append(f"| `{grouping}` | {len(cells)} | " + " | ".join(map(str, sums)) + " |")
+    lines = [
+        HEAD.format(version=transformers.__version__, count=len(unique), totals="\n".join(totals))
+    ]
+    for task in dict.fromkeys(row["task"] for row in unique.values()):
+        lines += [
+            f"## {task.capitalize()}\n",
+            "| family | heads | hidden units | experts | blocks | largest difference | loads |",
+            "|---|---|---|---|---|--:|---|",
+        ]
+        for name, row in unique.items():
+            if row["task"] == task:
+                lines.append(f"| {name} | {' | '.join(_cells(row))} |")
+        lines.append("")
+    lines += ["## Reasons for the others\n"]
+    for grouping in ("head", "hidden", "expert"):
+        by_reason: dict[str, list[str]] = {}
+        for name, row in unique.items():
+            cell = row[grouping]
+            said = [cell["failed"]] if "failed" in cell else []
+            has = bool(cell.get("groups"))
+            if (has and cell["promised"] < cell["layers"]) or (not has and grouping != "expert"):
+                said += cell.get("reasons", [])
+            for reason in dict.fromkeys(_short(x) for x in said):
+                by_reason.setdefault(reason, []).append(name)
+        lines += [f"### {grouping}\n", "| reason | families |", "|---|---|"]
+        for reason, names in sorted(by_reason.items(), key=lambda x: -len(x[1])):
+            lines.append(f"| {reason} | {', '.join(dict.fromkeys(names))} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cells(row: dict) -> Iterator[str]:
+    for grouping in GROUPINGS:
+        cell = row[grouping]
+        if "failed" in cell:
+            yield "not compared"
+        elif not cell.get("groups"):
+            yield "-"
+        else:
+            yield f"{cell['groups']}: {cell['promised']}, {cell['taken']} of {cell['layers']}"
+    differences = [row[x]["difference"] for x in GROUPINGS if "difference" in row[x]]
+    yield f"{max(differences):.0e}" if differences else "-"
+    loads = [x for x in ("head", "hidden") if row[x].get("taken") and not row[x]["config"]]
+    yield ", ".join(loads) or "-"
+
+
+def _short(reason: str) -> str:
+    """A reason without what differs between layers: names and sizes."""
+    text = re.sub(r"'[^']*'|\b(?:\w+\.)+\w+(?:, (?:\w+\.)+\w+)*", "..", reason.splitlines()[0])
+    text = re.sub(r"\b\w*(RMSNorm|LayerNorm)\b", r"\1", text)
+    text = re.sub(r"\d+", "n", text)
+    return text.replace("|", "/")[:160]
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     signal.signal(signal.SIGALRM, _too_long)
-    with Path(sys.argv[1]).open("a") as file:
-        for found in rows(sys.argv[2:]):
-            file.write(json.dumps(found) + "\n")
-            file.flush()
+    Path(sys.argv[1]).write_text(document(list(rows(sys.argv[2:]))))
