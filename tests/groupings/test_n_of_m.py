@@ -149,4 +149,6 @@ def test_no_common_budget():
     with pytest.raises(ValueError, match=r"scope must be 'layer' with grouping '2:4' \(layer ''"):
         group_parameters(nn.Linear(8, 4), "2:4", scope="global")
     with pytest.raises(ValueError, match="m of layer '' must divide its 32 groups, which"):
-        group_parameters(nn.Linear(8, 4), "2:4", costs="params")
+        group_parameters(nn.Linear(8, 4), "2:4", costs=torch.ones(32))
+    with pytest.raises(ValueError, match="'2:4' stay in place"):
+        group_parameters(nn.Linear(8, 4), "2:4", costs="params", example_input=torch.ones(1, 8))
