@@ -551,8 +551,6 @@ class WGSEFCallback(Callback):
         self.regularizer.check_finite()
         self._keep_masks("at the end of training")
         self.regularizer.detach()
-        if self.regularizer.frozen:
-            self._update_bn(trainer, pl_module)  # no batch will follow with which they catch up
         self._forget_batches()
         if self._summary is not None and not trainer.interrupted:
             example = self._example_input(trainer, pl_module)

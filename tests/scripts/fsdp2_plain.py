@@ -54,6 +54,12 @@ class Network(nn.Module):
 
 
 HOMOTOPY = {"lam": Homotopy(length=FREEZE)}
+# Weights of a channel.
+COSTS = {
+    "conv2": torch.full((8,), 54.0),
+    "fc1": torch.full((6,), 12.0),
+    "fc2": torch.full((12,), 3.0),
+}
 # What the regularizer is given, and how many sums over processes a step may take.
 CASES: dict[str, tuple[dict[str, Any], int]] = {
     "rows": ({"grouping": "filter", **HOMOTOPY}, 1),
@@ -63,7 +69,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
     "2 of 4": ({"grouping": "2:4", **HOMOTOPY}, 1),
     "coupled": ({"grouping": "structure", "example_input": EXAMPLE, **HOMOTOPY}, 1),
     "hidden": ({"grouping": "hidden", **HOMOTOPY}, 1),
-    "global": ({"k": 150, "scope": "global", "costs": "params", **HOMOTOPY}, 1),
+    "global": ({"k": 150, "scope": "global", "costs": COSTS, **HOMOTOPY}, 1),
     "layer_norm": ({"weights": "layer_norm", **HOMOTOPY}, 1),
     "metric": ({"metric": "auto", **HOMOTOPY}, 1),
     "constant": ({"lam": Constant(3.0), "freeze": FREEZE, "grouping": "filter"}, 1),
