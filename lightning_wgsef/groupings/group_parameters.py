@@ -177,8 +177,8 @@ def group_parameters(
             raise _nothing(plain, grouping, left_out)
     size = None
     if measure is not None:
-        left_out |= {x.name: _stays(x) for x in layers if not x.removable}
-        layers = [layer for layer in layers if layer.removable]
+        left_out |= {x.name: _stays(x) for x in layers if not x.removable or x.count < 2}
+        layers = [layer for layer in layers if layer.removable and layer.count > 1]
         if not layers:
             raise _nothing(plain, grouping, left_out)
         size = slim_size(plain, layers, measure, example_input)
@@ -294,6 +294,8 @@ def _zeros_without_use(layers: Sequence[GroupedLayer], included: Sequence[str]) 
 def _stays(layer: GroupedLayer) -> str:
     """Say why a layer has no part in a size of the slim network."""
     why = layer.obstacle or f"those of {layer.grouping!r} stay in place"
+    if layer.removable:
+        return "it has one group, which has to stay"
     return f"its groups cannot be taken out, so that they do not count: {why}"
 
 

@@ -364,6 +364,14 @@ def test_a_layer_that_is_tied_is_left_out():
     assert "cannot be taken out, so that they do not count: groups 0 and 1" in groups.left_out["2"]
 
 
+def test_a_layer_of_one_group_is_left_out():
+    model = nn.Sequential(nn.TransformerEncoderLayer(8, 1, 12, batch_first=True))
+    kinds = {"*attn": "head", "*linear1": "hidden"}
+    _, groups = priced(model, "params", torch.ones(1, 3, 8), grouping=kinds)
+    assert [layer.name for layer in groups.layers] == ["0.linear1"]
+    assert groups.left_out["0.self_attn"] == "it has one group, which has to stay"
+
+
 # --- sizes -------------------------------------------------------------------------------------
 
 
