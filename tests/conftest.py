@@ -9,19 +9,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = Path(__file__).parent / "examples"
 # Where `make` puts the files, and beside the checkout.
 DATA = (ROOT / "data", ROOT.parent / "shared" / "data")
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Take the trainings of the examples out of the coverage: tracing slows them down.
-
-    What they use of the package is covered by its own tests.
-    """
-    for item in items:
-        if EXAMPLES in item.path.parents:
-            item.add_marker(pytest.mark.no_cover)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -286,10 +286,12 @@ class WGSEFCallback(Callback):
                     "slim_to needs an example_input: an argument of WGSEFCallback, or the module's "
                     "example_input_array"
                 )
+        # A damaged state is refused when it is restored.
+        saved = self._state.get("grouping") if isinstance(self._state, Mapping) else None
+        saved = saved if isinstance(saved, Mapping) else {}
         if self._state and arguments["masks"] is not None:
             arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
-            saved = self._state.get("grouping")
-            if arguments["grouping"] is None and isinstance(saved, Mapping):
+            if arguments["grouping"] is None and saved:
                 arguments["grouping"] = saved_grouping([saved])
         self._assumed = ""
         with warnings.catch_warnings(record=True) as caught:
@@ -300,8 +302,7 @@ class WGSEFCallback(Callback):
                 self._assumed = str(one.message)
             else:
                 warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
-        saved = self._state.get("grouping")
-        layers = saved.get("layers") if self._assumed and isinstance(saved, Mapping) else None
+        layers = saved.get("layers") if self._assumed else None
         if isinstance(layers, Mapping):  # it has shown
             self._assumed = ""
             self._regroup(pl_module, arguments, layers.keys())

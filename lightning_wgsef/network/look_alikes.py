@@ -40,6 +40,8 @@ def acts_like(module: nn.Module) -> type[nn.Module] | None:
 
 def _is_other(module: nn.Module) -> bool:
     """Is there no need to try it: torch's own, without a weight, or with more than that?"""
+    if isinstance(module, torch.jit.ScriptModule):  # its parameters are another kind of dict
+        return True
     weight = module._parameters.get("weight")
     lazy = isinstance(weight, nn.parameter.UninitializedParameter)
     return (
