@@ -14,7 +14,7 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
-.PHONY: help demo test lint check docs dist bench crash fuzz browser bench-cpu gpu oto-environment clean
+.PHONY: help demo test lint check docs dist bench crash fuzz sweep browser bench-cpu gpu oto-environment clean
 
 help:  ## What can be made.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "%-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
 	FUZZ=500 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/training/test_fuzz.py --no-cov \
 		--show-capture=no --tb=short
 
+sweep: .venv/installed  ## Tests that take half a minute or more each.
+	SWEEP=yes $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests -m sweep --no-cov
+
 browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the README.
 	command -v chromedriver > /dev/null || \
 		apt-get install -y --no-install-recommends chromium chromium-driver
@@ -104,11 +107,9 @@ oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependenc
 clean:  ## Environments and caches away.
 	rm -rf .venv .venv-dist .venv-oto dist .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
-# Not compiled: that is half of the time, and most of these files are never imported.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check \
-		-c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
 .venv-oto/installed: pyproject.toml constraints.txt

@@ -168,6 +168,7 @@ def start(folder: Path) -> subprocess.Popen[bytes]:
     )
 
 
+@pytest.mark.sweep
 def test_a_killed_suite_loses_one_epoch_at_most(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +403,7 @@ def test_the_mask_is_fixed_when_the_task_says(tmp_path: Path, method: str) -> No
     assert "mask fixed after 75% of them" in described(task)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(
     ("method", "value"),
     [

@@ -229,6 +229,7 @@ def test_without_pycocotools_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         detector.coco_precision([], [])
 
 
+@pytest.mark.sweep
 @pytest.mark.filterwarnings("ignore")
 def test_the_example_halves_the_operations(
     fashion_mnist: Path,
