@@ -307,7 +307,7 @@ def runs() -> Iterator[Run]:
     yield from some(resnet, "channel", ("1e-4", "1"), 0)
     yield from some(bn, "channel", ("1e-4", "1e-3", "1e-1", "1"), 1)
     yield from some(bn, "structure", ("1e-3",), 0)
-    yield from some(lenet, "structure", ("1e-3",), 0)
+    yield from some(lenet, "structure", ("1e-3", "1e-2"), 0)
     yield from some(resnet, "structure", ("None", "1e-2"), 0)
     yield from some(bn, "channel", ("dense", *LAMS), 2)
     yield from some(resnet, "channel", ("1e-3", "1e-1"), 0)
