@@ -55,6 +55,22 @@ def drawn(network: nn.Module, seed: int = 0) -> nn.Module:
     return network.eval()
 
 
+def as_double(value: Any) -> Any:
+    """In float64, if it is a tensor of floats."""
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def zero_beyond_budgets(groups: Groups) -> list[Tensor]:
+    """Zero groups at random until every layer has its budget; 1 for those that stay, by layer."""
+    generator = torch.Generator().manual_seed(1)
+    factors = []
+    for layer in groups.layers:
+        alive = torch.randperm(layer.count, generator=generator)[: int(layer.budget)]
+        factors.append(torch.zeros(layer.count).index_fill_(0, alive, 1.0))
+    groups.scale_(torch.cat(factors))
+    return factors
+
+
 def removal(
     network: nn.Module, example: Any, grouping: Any, *, k: float = 0.5, **options: Any
 ) -> Removal:
@@ -64,12 +80,7 @@ def removal(
     """
     torch.manual_seed(0)
     groups = group_parameters(drawn(network), grouping, k, example_input=example, **options)
-    generator = torch.Generator().manual_seed(1)
-    factors = []
-    for layer in groups.layers:
-        alive = torch.randperm(layer.count, generator=generator)[: int(layer.budget)]
-        factors.append(torch.zeros(layer.count).index_fill_(0, alive, 1.0))
-    groups.scale_(torch.cat(factors))
+    factors = zero_beyond_budgets(groups)
     small = slim(network, example)
     for layer, kept in zip(groups.layers, factors, strict=True):
         if layer.removable and not bool(kept.all()):
@@ -82,9 +93,7 @@ def removal(
 
 def difference(one: nn.Module, other: nn.Module, example: Any) -> float:
     """The largest difference of outputs in float64, as a share of the largest."""
-    inputs = mapped(
-        lambda x: x.double() if isinstance(x, Tensor) and x.is_floating_point() else x, example
-    )
+    inputs = mapped(as_double, example)
     found = []
     for network in (one, other):
         twin = copy.deepcopy(network).double().eval()

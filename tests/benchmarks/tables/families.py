@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers.models.auto import configuration_auto, modeling_auto
 
 from lightning_wgsef import group_parameters, slim
-from tests.helpers.removal import difference, drawn
+from tests.helpers.removal import difference, drawn, zero_beyond_budgets
 
 SECONDS = 120
 MOST = 3_000_000
@@ -160,12 +160,7 @@ def measured(make: Callable[[], nn.Module], example: Any, other: Any, grouping: 
             "groups": 0,
             "reasons": sorted({line.split(": ", 1)[-1] for line in lines[1:] or lines}),
         }
-    generator = torch.Generator().manual_seed(1)
-    factors = []
-    for layer in groups.layers:
-        alive = torch.randperm(layer.count, generator=generator)[: int(layer.budget)]
-        factors.append(torch.zeros(layer.count).index_fill_(0, alive, 1.0))
-    groups.scale_(torch.cat(factors))
+    zero_beyond_budgets(groups)
     slimmed = slim(network, example)
     promised = [x for x in groups.layers if x.removable and x.count > x.budget]
     record = slimmed.slimming
