@@ -59,9 +59,9 @@ def update_config(
         )
     reason = "its layers differ in sizes that it has once: from_pretrained would refuse what"
     for values in islice(_candidates(network, before, now, plans), _MOST):
-        changed = copy.deepcopy(config)
-        _write(changed, values)
         try:
+            changed = copy.deepcopy(config)
+            _write(changed, values)
             with torch.device("meta"):
                 if shapes_of(type(network)(changed)) != now:
                     continue
@@ -69,7 +69,7 @@ def update_config(
                 fresh = type(network)(changed)
             fresh.to(next(network.parameters())).load_state_dict(network.state_dict())
             found = tensors(run_example(fresh.eval(), example_input))
-        except Exception:  # a class may refuse sizes in any way
+        except Exception:  # a configuration and its class may refuse sizes in any way
             continue
         expected = tensors(run_example(network, example_input))
         if relative_difference(found, expected, 1.0) <= TOLERANCE:

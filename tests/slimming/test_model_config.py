@@ -90,6 +90,25 @@ def test_layers_that_differ_name_the_file_that_keeps_them():
     assert "save_slim" in small.slimming.kept["config"]
 
 
+@pytest.mark.parametrize("grouping", ["head", "layer"])
+def test_a_configuration_may_refuse_a_size(grouping):
+    """Falcon's tells ``head_dim`` from others, and cannot be told it."""
+    config = transformers.FalconConfig(
+        vocab_size=64,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_kv_heads=2,
+        new_decoder_architecture=True,
+    )
+    network = transformers.FalconForCausalLM(config).eval()
+    zeroed(network, grouping, TEXT, k=0.5)
+    small = slim(network, TEXT)
+    assert small.slimming.parameters[1] < small.slimming.parameters[0]
+    assert "save_slim" in small.slimming.kept["config"]
+    assert torch.allclose(logits(network, TEXT), logits(small, TEXT), atol=1e-6)
+
+
 def test_in_place():
     network, example = llama()
     whole = copy.deepcopy(network)
