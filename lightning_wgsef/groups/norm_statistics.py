@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -54,3 +56,27 @@ def has_statistics(module: object) -> bool:
         isinstance(x, Tensor) and not is_sharded(x) and not isinstance(x, nn.UninitializedBuffer)
         for x in buffers
     )
+
+
+@contextmanager
+def means_over_calls(norms: Sequence[_NormBase]) -> Iterator[None]:
+    """Estimate running statistics anew: the means over all calls while the block runs.
+
+    The norms are in training mode then; their modes are the caller's to bring back.
+
+    >>> norm, x = nn.BatchNorm1d(2), torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    >>> with means_over_calls([norm]):
+    ...     _ = norm(x), norm(x + 1)
+    >>> norm.running_mean.tolist(), norm.momentum
+    ([2.5, 4.5], 0.1)
+    """
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.train()
+        norm.momentum = None
+    try:
+        yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
-from lightning_wgsef.groups.norm_statistics import has_statistics
+from lightning_wgsef.groups.norm_statistics import has_statistics, means_over_calls
 from lightning_wgsef.network.example_input import device_of, evaluation
 
 _STATISTICS = ("running_mean", "running_var")
@@ -113,11 +113,7 @@ class BatchNormUpdate:
             }
             failed = undo.enter_context(ExitStack())
             failed.callback(self.restore)
-            for norm in self._trained:
-                undo.callback(setattr, norm, "momentum", norm.momentum)
-                norm.reset_running_stats()
-                norm.momentum = None  # the mean over all calls
-                norm.train()
+            undo.enter_context(means_over_calls(self._trained))
             for module, args, named in calls:
                 # What is compiled would be compiled once more, for other modes.
                 getattr(module, "_orig_mod", module)(*args, **named)

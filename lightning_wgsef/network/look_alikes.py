@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -57,12 +58,14 @@ def _is_other(module: nn.Module) -> bool:
 
 @torch.no_grad()
 def _tried(module: nn.Module) -> type[nn.Module] | None:
+    """Try a copy in evaluation mode: the forward may draw numbers and write into buffers."""
     weight: Any = module._parameters["weight"]
     sizes = [size + 3 for size in weight.shape[2:]]
     inputs = weight.shape[1] * _groups(module)
     given = torch.randn(3, inputs, *sizes, generator=torch.Generator().manual_seed(0)).to(weight)
     try:
-        found = module.forward(given)
+        with torch.random.fork_rng([given.device] if given.is_cuda else []):
+            found = copy.deepcopy(module).eval().forward(given)
         kind = nn.Linear if weight.dim() == 2 else _CONVOLUTIONS[weight.dim()][0]
         return kind if any(_equal(found, x) for x in _expected(module, weight, given)) else None
     except Exception:  # the forward is anybody's, and takes what it takes

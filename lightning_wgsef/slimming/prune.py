@@ -16,12 +16,11 @@ from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.weights import MEASURED
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.importance import Importance
-from lightning_wgsef.groups.norm_statistics import has_statistics
+from lightning_wgsef.groups.norm_statistics import has_statistics, means_over_calls
 from lightning_wgsef.groups.scope import survivors
 from lightning_wgsef.network.example_input import (
     device_of,
     evaluation,
-    mapped,
     model_copy,
     run_example,
     tensors,
@@ -190,15 +189,7 @@ def estimate_statistics(network: nn.Module, inputs: Iterable[Any]) -> None:
     tensor([2., 4.])
     """
     norms = [x for x in network.modules() if isinstance(x, _BatchNorm) and has_statistics(x)]
-    if not norms:
-        return
-    momenta = [norm.momentum for norm in norms]
-    with evaluation(network):
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.train()
-            norm.momentum = None  # the mean over all batches
-        for batch in inputs:
-            run_example(network, mapped(lambda x: x, batch))
-    for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
+    if norms:
+        with evaluation(network), means_over_calls(norms):
+            for batch in inputs:
+                run_example(network, batch)

@@ -47,6 +47,27 @@ class Block(nn.Module):
         return outputs
 
 
+class Counting(Dense):
+    """It writes into a buffer and draws random numbers when it runs."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x) + 0 * torch.rand(())
+
+
+def test_trying_a_layer_leaves_no_trace() -> None:
+    network = Block(Counting)
+    state, random = network.up.calls.clone(), torch.random.get_rng_state()
+    groups = group_parameters(network, "filter")
+    assert [layer.name for layer in groups.layers] == ["up"]
+    assert torch.equal(network.up.calls, state)
+    assert torch.equal(torch.random.get_rng_state(), random)
+
+
 def test_what_acts_like_linear_is_one() -> None:
     found = removal(nn.Sequential(Block(Dense)), TOKENS, "hidden")
     assert not found.obstacles
