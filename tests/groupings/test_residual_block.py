@@ -60,6 +60,27 @@ def test_blocks_of_a_residual_network():
     assert not any(module._forward_pre_hooks for module in model.modules())
 
 
+class Bottleneck(nn.Module):
+    """One channel inside, which the ReLU before it has silenced: zeros come in and zeros go out."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.narrow = nn.Sequential(nn.Conv2d(width, 1, 1), nn.ReLU6())
+        self.inner = nn.Sequential(nn.Conv2d(1, 1, 3, padding=1), nn.ReLU6())
+        self.wide = nn.Sequential(nn.Conv2d(1, width, 1))
+        nn.init.constant_(self.narrow[0].weight, -100.0)
+
+    def forward(self, x):
+        return nn.functional.relu6(x + self.wide(self.inner(self.narrow(x))))
+
+
+@pytest.mark.parametrize("example", [torch.ones(2, 3, 4, 4), torch.zeros(2, 3, 4, 4), IMAGES])
+def test_a_layer_that_makes_zeros_of_zeros_hands_nothing_on(example):
+    model = nn.Sequential(nn.Conv2d(3, 5, 1), nn.ReLU6(), Bottleneck(5), Bottleneck(5))
+    nn.init.ones_(model[0].weight)
+    assert residual_blocks(model, example) == ["2", "3"]
+
+
 def test_groups_hold_all_of_a_block_and_nothing_else():
     model = perturbed(Network())
     groups = group_parameters(model, "layer", k=2, example_input=IMAGES)
