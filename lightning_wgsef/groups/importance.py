@@ -17,11 +17,16 @@ envelope is that loss under a budget, made convex.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
+from lightning_wgsef.network.example_input import evaluation
+from lightning_wgsef.network.labelled_batches import Loss, loss_of
 
 # Decay of the running mean: over about a hundred steps.
 _DECAY = 0.99
@@ -85,6 +90,23 @@ class Importance:
         mean = torch.lerp(own, ratio.to(own.dtype), share).clamp(min=torch.finfo(own.dtype).tiny)
         known = (squares > 0) & ratio.isfinite()
         self.groups.weights = torch.where(known if allowed is None else known & allowed, mean, own)
+
+
+def measure_importance(
+    network: nn.Module,
+    groups: Groups,
+    kind: str,
+    pairs: Iterable[tuple[Any, Any]],
+    loss: Loss | None,
+) -> None:
+    """Measure the weights of groups on batches, in evaluation mode; gradients are left at None."""
+    importance = Importance(groups, kind)
+    with evaluation(network), torch.enable_grad():
+        for number, (inputs, targets) in enumerate(pairs):
+            network.zero_grad()
+            loss_of(network, inputs, targets, loss).backward()  # type: ignore[no-untyped-call]
+            importance.measure(number, None)
+    network.zero_grad()
 
 
 def _sums(member: Member, value: Tensor, kind: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

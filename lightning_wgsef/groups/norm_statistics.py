@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
+from lightning_wgsef.network.example_input import evaluation, run_example
 from lightning_wgsef.network.sharding import is_sharded
 
 
@@ -80,3 +82,19 @@ def means_over_calls(norms: Sequence[_NormBase]) -> Iterator[None]:
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.momentum = momentum
+
+
+@torch.no_grad()
+def estimate_statistics(network: nn.Module, inputs: Iterable[Any]) -> None:
+    """Estimate the running statistics of BatchNorm anew, as means over batches.
+
+    >>> network, x = nn.Sequential(nn.BatchNorm1d(2)), torch.tensor([[1.0, 2.0], [3.0, 6.0]])
+    >>> estimate_statistics(network, [x, x])
+    >>> network[0].running_mean
+    tensor([2., 4.])
+    """
+    norms = [x for x in network.modules() if isinstance(x, _BatchNorm) and has_statistics(x)]
+    if norms:
+        with evaluation(network), means_over_calls(norms):
+            for batch in inputs:
+                run_example(network, batch)

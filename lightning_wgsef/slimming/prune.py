@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from itertools import islice
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_wgsef.groupings.budget import DEFAULT_K
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.weights import MEASURED
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.groups.importance import Importance
-from lightning_wgsef.groups.norm_statistics import has_statistics, means_over_calls
+from lightning_wgsef.groups.importance import measure_importance
+from lightning_wgsef.groups.norm_statistics import estimate_statistics
 from lightning_wgsef.groups.scope import survivors
-from lightning_wgsef.network.example_input import (
-    device_of,
-    evaluation,
-    model_copy,
-    run_example,
-    tensors,
-)
+from lightning_wgsef.network.example_input import model_copy
+from lightning_wgsef.network.labelled_batches import Loss, checked_pairs
 from lightning_wgsef.slimming.slim import slim
-
-Loss = Callable[[Any, Any], Tensor]
-
-# Beyond so many batches importances and statistics no longer change.
-_MOST_BATCHES = 32
 
 # Rounds in which what fits a size and what groups cost there agree.
 _ROUNDS = 8
@@ -91,78 +78,6 @@ def prune(
     return slim(network, pairs[0][0])
 
 
-def checked_pairs(
-    model: nn.Module, batches: Iterable[Any], loss: Loss | None
-) -> list[tuple[Any, Any]]:
-    """Return batches as pairs of inputs and targets, on the model's device.
-
-    Raises:
-        ValueError: no batches, no pairs, or a loss that cannot be computed of them.
-    """
-    if not isinstance(batches, Iterable) or isinstance(batches, Tensor | str | Mapping):
-        raise ValueError(
-            f"batches must be pairs of inputs and targets, such as a DataLoader or a list of them, "
-            f"got {type(batches).__name__}"
-        )
-    device, pairs = device_of(model), []
-    for number, batch in enumerate(islice(batches, _MOST_BATCHES)):
-        if not isinstance(batch, tuple | list) or len(batch) != 2:
-            given = type(batch).__name__
-            given += f" of {len(batch)}" if isinstance(batch, tuple | list) else ""
-            raise ValueError(
-                f"batches[{number}] must be a pair of inputs and targets (labels), got {given}"
-            )
-        inputs, targets = batch
-        inputs = tuple(inputs) if isinstance(inputs, list) else inputs
-        pairs.append((inputs, targets.to(device) if isinstance(targets, Tensor) else targets))
-    if not pairs:
-        raise ValueError("batches must hold at least one pair of inputs and targets, got none")
-    with evaluation(model), torch.no_grad():
-        loss_of(model, *pairs[0], loss)
-    return pairs
-
-
-def loss_of(model: nn.Module, inputs: Any, targets: Any, loss: Loss | None) -> Tensor:
-    """Return the loss of one batch, a tensor of one number.
-
-    Raises:
-        ValueError: inputs, targets or a loss that do not go together.
-    """
-    outputs = run_example(model, inputs)
-    try:
-        value = (functional.cross_entropy if loss is None else loss)(outputs, targets)
-    except Exception as error:
-        shapes = [tuple(x.shape) for x in tensors(outputs)]
-        given = f"shape {tuple(targets.shape)}" if isinstance(targets, Tensor) else repr(targets)
-        name = "cross entropy (loss=None)" if loss is None else "loss"
-        raise ValueError(
-            f"{name} must take the outputs, of shapes {shapes}, and the targets, of {given}: "
-            f"{type(error).__name__}: {error}; give batches of inputs and labels that fit, or a "
-            "loss(outputs, targets)"
-        ) from error
-    if not isinstance(value, Tensor) or value.numel() != 1:
-        given = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-        raise ValueError(f"loss must return a tensor of one number, got {given}")
-    return value
-
-
-def measure_importance(
-    network: nn.Module,
-    groups: Groups,
-    kind: str,
-    pairs: Iterable[tuple[Any, Any]],
-    loss: Loss | None,
-) -> None:
-    """Measure the weights of groups on batches, in evaluation mode; gradients are left at None."""
-    importance = Importance(groups, kind)
-    with evaluation(network), torch.enable_grad():
-        for number, (inputs, targets) in enumerate(pairs):
-            network.zero_grad()
-            loss_of(network, inputs, targets, loss).backward()  # type: ignore[no-untyped-call]
-            importance.measure(number, None)
-    network.zero_grad()
-
-
 def projected(groups: Groups) -> Tensor:
     """Return which groups fit the budget, booleans, shape (m,).
 
@@ -177,19 +92,3 @@ def projected(groups: Groups) -> Tensor:
         if torch.equal(alive, before):
             break
     return alive
-
-
-@torch.no_grad()
-def estimate_statistics(network: nn.Module, inputs: Iterable[Any]) -> None:
-    """Estimate the running statistics of BatchNorm anew, as means over batches.
-
-    >>> network, x = nn.Sequential(nn.BatchNorm1d(2)), torch.tensor([[1.0, 2.0], [3.0, 6.0]])
-    >>> estimate_statistics(network, [x, x])
-    >>> network[0].running_mean
-    tensor([2., 4.])
-    """
-    norms = [x for x in network.modules() if isinstance(x, _BatchNorm) and has_statistics(x)]
-    if norms:
-        with evaluation(network), means_over_calls(norms):
-            for batch in inputs:
-                run_example(network, batch)

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from lightning_wgsef import prune
+from lightning_wgsef.groups.norm_statistics import estimate_statistics
 from lightning_wgsef.network.flops import layer_flops
-from lightning_wgsef.slimming.prune import estimate_statistics
 from tests.helpers.groups import mlp, raises_naming
 from tests.helpers.networks.slim import Residual
 
