@@ -20,6 +20,7 @@ from examples.benchmark.baselines.torch_pruning import TorchPruning
 from examples.benchmark.method_api import Pruning, Situation
 from examples.benchmark.suite import Task
 from lightning_wgsef import Constant, GroupLasso, HalfSpace, Homotopy, WGSEFCallback
+from lightning_wgsef.training.schedules import in_steps
 
 
 @dataclass(frozen=True)
@@ -58,12 +59,43 @@ def _callback(callback: pl.Callback) -> Pruning:
 
 
 def _wgsef(situation: Situation, grouping: Any, scope: str, **arguments: Any) -> Pruning:
-    groups = situation.groups(grouping, scope=scope)
+    of_groups = {name: arguments.pop(name) for name in ("costs", "weights") if name in arguments}
+    groups = situation.groups(grouping, scope=scope, **of_groups)
     return Pruning([WGSEFCallback(**groups, **arguments)], groups=groups)
 
 
 def _homotopy(situation: Situation, start: float) -> dict[str, Any]:
     return {"lam": Homotopy(start, situation.task.freeze)}
+
+
+@dataclass(frozen=True)
+class Late(Homotopy):
+    """A homotopy that begins after a share of training, in which importances are measured.
+
+    Attributes:
+        begin: that share.
+    """
+
+    begin: float = 0.15
+
+    def step_size(self, taken: int, total: int | None, lr: Any) -> Any:
+        """Nothing before it begins."""
+        before = self._before(total)
+        own = Homotopy(self.start, self.steps(total) - before)
+        return own.step_size(taken - before, total, lr) if taken >= before else 0.0
+
+    def left(self, taken: int, total: int | None) -> float:
+        """All groups before it begins."""
+        before = self._before(total)
+        own = Homotopy(self.start, self.steps(total) - before)
+        return own.left(taken - before, total) if taken >= before else 1.0
+
+    def _before(self, total: int | None) -> int:
+        return in_steps("begin", self.begin, total)
+
+
+def _late(situation: Situation, start: float) -> dict[str, Any]:
+    return {"lam": Late(start, situation.task.freeze)}
 
 
 def _constant(situation: Situation, lam: float, **arguments: Any) -> dict[str, Any]:
@@ -116,6 +148,17 @@ def _ours() -> dict[str, Method]:
     for weights in ("uniform", "size", "sqrt_size"):
         methods[f"homotopy, structure, global, weights {weights}"] = method(
             "start", START, _homotopy, "structure", "global", weights=weights
+        )
+    for name, way, weights in (
+        ("layer_norm", _homotopy, "layer_norm"),
+        ("taylor", _homotopy, "taylor"),
+        ("fisher", _homotopy, "fisher"),
+        ("taylor, from 15 %", _late, "taylor"),
+        ("fisher, from 15 %", _late, "fisher"),
+    ):
+        more = {"costs": "flops", "weights": weights}
+        methods[f"homotopy, structure, flops, {name}"] = method(
+            "start", START, way, "structure", "global", **more
         )
     methods["homotopy by length, structure, layer"] = method(
         "length", (0.3, 0.5, 0.7), lambda s, x: {"lam": Homotopy(length=x)}, "structure", "layer"

@@ -159,6 +159,12 @@ def sized(situation: Situation, run: Run) -> Situation:
         return situation
     with_k = partial(replace, situation)
     pruning = METHODS[run.method].make(with_k(task=replace(task, k=1.0)), run.value)
+    groups = pruning.groups or situation.groups()
+    if groups.get("costs") == "flops":  # then k is the share
+        return with_k(task=replace(task, k=task.operations))
+    if groups["grouping"] == task.structure and groups.get("scope") != "global":
+        (row,) = network_report({"dense": situation.network}, situation.example).networks
+        return with_k(task=replace(task, k=f"{task.operations * row.flops:.0f} FLOPs"))
 
     def k(groups: dict[str, Any]) -> int | dict[str, int]:
         arguments = {name: value for name, value in groups.items() if name != "k"}
