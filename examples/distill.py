@@ -70,18 +70,50 @@ class RewoundCosine(LRScheduler):
         return {name: value for name, value in super().state_dict().items() if name != "frozen"}
 
 
-class Distilled(Classifier):
-    """Classifier that learns from labels and from a dense teacher, which is no part of it.
+class Taught(pl.LightningModule):
+    """Module that learns from a dense teacher, which is no part of it.
+
+    A subclass has the loss and the optimizer.
+
+    Attributes:
+        teachers: the teacher, or nothing where there is none: a frozen copy, kept out of the
+            module's parameters, state and checkpoints, so that it is neither trained nor pruned.
+    """
+
+    teachers: list[nn.Module]  # modules in a list are none of the module's own
+
+    def taught_by(self, teacher: nn.Module | None) -> None:
+        """Keep a frozen copy of a network that was trained; None: there is none."""
+        teachers = [] if teacher is None else [copy.deepcopy(teacher).eval().requires_grad_(False)]
+        self.teachers = teachers
+
+    def on_fit_start(self) -> None:
+        """Take the teacher to the device of the network."""
+        for teacher in self.teachers:
+            teacher.to(self.device)
+
+    def rewound(self, optimizer: Optimizer) -> Any:
+        """Return an optimizer and its rate over the run, which starts again at the freeze."""
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = RewoundCosine(optimizer, steps, self.is_frozen)
+        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    def is_frozen(self) -> bool:
+        """Tell whether the masks of all callbacks that prune are frozen; False without one."""
+        callbacks = [x for x in self.trainer.callbacks if isinstance(x, WGSEFCallback)]  # type: ignore[attr-defined]  # set by a connector
+        frozen = [x.regularizer is not None and x.regularizer.frozen for x in callbacks]
+        return bool(frozen) and all(frozen)
+
+
+class Distilled(Taught, Classifier):
+    """Classifier that learns from labels and from a dense teacher.
 
     The loss is ``(1 - share)`` times the cross-entropy of the labels plus ``share`` times
     ``temperature`` squared times the divergence of the teacher's softened outputs from its own.
-    The learning rate is rewound at the freeze.
 
     Args:
         network: gives logits (batch, classes).
-        teacher: does so, too, and was trained; a frozen copy of it is kept out of the module's
-            parameters, state and checkpoints, so that it is neither trained nor pruned. None:
-            labels alone.
+        teacher: does so, too, and was trained, see `Taught`. None: labels alone.
         temperature: by which both logits are divided.
         share: of the teacher in the loss.
         more: of `Classifier`.
@@ -98,14 +130,7 @@ class Distilled(Classifier):
     ) -> None:
         super().__init__(network, **more)
         self.temperature, self.share = temperature, share
-        # Modules in a list are none of the module's own.
-        teachers = [] if teacher is None else [copy.deepcopy(teacher).eval().requires_grad_(False)]
-        self.teachers: list[nn.Module] = teachers
-
-    def on_fit_start(self) -> None:
-        """Take the teacher to the device of the network."""
-        for teacher in self.teachers:
-            teacher.to(self.device)
+        self.taught_by(teacher)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
@@ -123,16 +148,7 @@ class Distilled(Classifier):
 
     def configure_optimizers(self) -> Any:
         """Return the optimizer, and its learning rate over the run."""
-        optimizer = super().configure_optimizers()
-        steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = RewoundCosine(optimizer, steps, self.is_frozen)
-        return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
-
-    def is_frozen(self) -> bool:
-        """Tell whether the masks of all callbacks that prune are frozen; False without one."""
-        callbacks = [x for x in self.trainer.callbacks if isinstance(x, WGSEFCallback)]  # type: ignore[attr-defined]  # set by a connector
-        frozen = [x.regularizer is not None and x.regularizer.frozen for x in callbacks]
-        return bool(frozen) and all(frozen)
+        return self.rewound(super().configure_optimizers())
 
 
 class FallingOnce(Distilled):

@@ -63,7 +63,7 @@ def budget_for_operations(
 
     @cache
     def left(more: int) -> float:
-        small = slim(_pruned(network, k=budget(more), **arguments), example_input)
+        small = slim(strongest(network, k=budget(more), **arguments), example_input)
         return layer_flops(small, example_input)[1] / dense
 
     found = bisect_left(range(len(order) + 1), share, key=left)
@@ -76,8 +76,8 @@ def budget_for_operations(
     return budget(min(around, key=lambda more: abs(left(more) - share)))
 
 
-def _pruned(network: nn.Module, **arguments: Any) -> nn.Module:
-    """A copy in which all but the strongest groups are zero."""
+def strongest(network: nn.Module, **arguments: Any) -> nn.Module:
+    """A copy in which all but the strongest groups are zero; ``arguments`` are those of `WGSEF`."""
     network = copy.deepcopy(network)
     optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
     WGSEF(network, lam=0.0, freeze=1, **arguments).attach(optimizer)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import errno
 import json
 import os
+import platform
 import sys
+import time
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 Record = dict[str, Any]
+# Not all of them are there: OTO has an environment of its own.
+PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao", "only-train-once")
 
 
 class Records:
@@ -74,6 +82,16 @@ class Records:
                         "repeated",
                         file=sys.stderr,
                     )
+
+
+def origin(device: str = "cpu", packages: tuple[str, ...] = PACKAGES) -> Record:
+    """What a record says of the place that it comes from: versions, hardware and date."""
+    versions = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
+    hardware = f"{platform.machine()}, {device}, {torch.get_num_threads()} threads"
+    return {"versions": versions, "hardware": hardware, "date": time.strftime("%Y-%m-%d")}
 
 
 def set_aside(path: Path, reason: str) -> None:

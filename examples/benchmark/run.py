@@ -5,17 +5,12 @@ from __future__ import annotations
 import copy
 import logging
 import math
-import platform
 import resource
 import shutil
 import statistics
-import time
 import warnings
-from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +23,7 @@ from examples.benchmark.callbacks import Checkpoint, Clock, CosineRate, Watch, a
 from examples.benchmark.latencies import save_small, small_networks
 from examples.benchmark.method_api import Pruning, Situation, counted
 from examples.benchmark.methods import METHODS
-from examples.benchmark.records import Record, set_aside
+from examples.benchmark.records import Record, origin, set_aside
 from examples.benchmark.registry import DATA, NETWORKS
 from examples.benchmark.suite import Run
 from examples.data.modules import InMemory
@@ -38,7 +33,6 @@ from lightning_wgsef import group_parameters, network_report, slim
 from lightning_wgsef.utils.files import atomic_write
 
 PLAIN_STEPS = 30
-PACKAGES = ("torch", "pytorch-lightning", "torch-pruning", "torchao", "only-train-once")
 
 
 class Trained(Classifier):
@@ -132,9 +126,7 @@ def execute(
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **watch.seen,
         **outcome(model.cpu().network, original, data, run, small_networks(work.parent) / run.name),
-        "versions": installed(PACKAGES),
-        "hardware": f"{platform.machine()}, {device}, {torch.get_num_threads()} threads",
-        "date": time.strftime("%Y-%m-%d"),
+        **origin(device),
     }
     shutil.rmtree(work)
     return record
@@ -178,15 +170,6 @@ def sized(situation: Situation, run: Run) -> Situation:
         kept = group_parameters(situation.network, **{**tied, "k": k(tied)})
         found = float(kept.budgets.sum()) / len(kept)
     return with_k(task=replace(task, k=found))
-
-
-def installed(packages: Iterable[str]) -> dict[str, str]:
-    """Versions of those that are there: OTO has an environment of its own."""
-    found = {}
-    for package in packages:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found
 
 
 def usable(checkpoint: Path) -> Path | None:

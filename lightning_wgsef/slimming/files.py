@@ -1,4 +1,4 @@
-"""A slim network as one file, and back, without a class of its own."""
+"""A slim network as one file, and back, without a class of its own; as a folder of Hugging Face."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwrap
 from lightning_wgsef.network.surgery import RemovalPlan
+from lightning_wgsef.slimming.model_folder import save_folder
 from lightning_wgsef.slimming.slim import Slimming
 from lightning_wgsef.utils.files import atomic_write, check_writable
 
@@ -30,18 +31,28 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
     One file in the safetensors format: the state_dict, and in its header as JSON the indices that
     stay, so that `load_slim` can rebuild the network from the class it had before.
 
+    A network of Hugging Face can be written as a folder, too, which ``from_pretrained`` loads
+    without this package. Where its configuration has no names for the new sizes (such as for heads
+    of BERT that are gone: it takes their width from their number), the folder has a file of code
+    beside the weights, and is loaded by ``from_pretrained(folder, trust_remote_code=True)``.
+
     Args:
         model: a network with ``slimming``, as `slim` returns it.
-        path: the file; it appears when it is complete.
+        path: the file, which appears when it is complete; or, for a network of Hugging Face, a
+            folder: a path without a suffix.
 
     Raises:
-        ValueError: no such network, a path that cannot be written, or a disk that is full.
+        ValueError: no such network, one that no folder can hold, a path that cannot be written, or
+            a disk that is full.
     """
     record = getattr(model, "slimming", None)
     if not isinstance(record, Slimming):
         raise ValueError(
             f"model must be what slim returned: {type(model).__name__} has no 'slimming'"
         )
+    if not Path(path).suffix and hasattr(model, "save_pretrained"):
+        save_folder(model, record.plans, path)
+        return
     tensors: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}

@@ -23,12 +23,18 @@ _Path = tuple[str, ...]
 
 _MOST = 64
 
-_KEPT = "save_slim and load_slim keep this network"
+# What no other values of attributes and shapes of tensors say.
+_UNTOLD = ("heads", "skipped", "experts", "silenced", "norms")
 
 
 def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     """Return the shapes of everything in a network's state_dict."""
     return {name: tuple(value.shape) for name, value in network.state_dict().items()}
+
+
+def untold(plans: Sequence[RemovalPlan]) -> list[str]:
+    """Kinds of removals that cannot be told by sizes of modules and shapes of tensors."""
+    return [what for what in _UNTOLD if any(getattr(plan, what) for plan in plans)]
 
 
 @torch.no_grad()
@@ -52,12 +58,15 @@ def update_config(
     config, now = getattr(network, "config", None), shapes_of(network)
     if config is None or not hasattr(network, "save_pretrained") or now == before:
         return ""
+    kept = "save_slim and load_slim keep this network"
+    if not untold(plans):
+        kept += ", or save_slim a folder with the code that from_pretrained needs"
     if any(plan.experts or plan.silenced for plan in plans):
         return (
             "its routers know experts that are gone, which its class cannot say: from_pretrained "
-            f"would refuse what save_pretrained writes; {_KEPT}"
+            f"would refuse what save_pretrained writes; {kept}"
         )
-    reason = "its layers differ in sizes that it has once: from_pretrained would refuse what"
+    reason = "its configuration cannot say its sizes: from_pretrained would refuse what"
     for values in islice(_candidates(network, before, now, plans), _MOST):
         try:
             changed = copy.deepcopy(config)
@@ -77,7 +86,7 @@ def update_config(
             return ""
         reason = "its class computes other numbers from the new sizes: from_pretrained would not do"
         reason += " the same with what"
-    return f"{reason} save_pretrained writes; {_KEPT}"
+    return f"{reason} save_pretrained writes; {kept}"
 
 
 def _write(config: Any, values: Mapping[_Path, float]) -> None:

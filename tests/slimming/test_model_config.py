@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers
 
-from lightning_wgsef import group_parameters, slim
+from lightning_wgsef import group_parameters, save_slim, slim
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS, "use_cache": False}
@@ -114,3 +114,75 @@ def test_in_place():
     whole = copy.deepcopy(network)
     slim(zeroed(network, "hidden", example, k=0.5), example, inplace=True)
     assert (network.config.intermediate_size, whole.config.intermediate_size) == (24, 48)
+
+
+def roberta():
+    config = transformers.RobertaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+    )
+    return transformers.RobertaForMaskedLM(config).eval(), {"input_ids": IDS}
+
+
+def gpt2():
+    config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4)
+    return transformers.GPT2LMHeadModel(config).eval(), TEXT
+
+
+def wav2vec2():
+    config = transformers.Wav2Vec2Config(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        conv_dim=(16, 16),
+        conv_stride=(2, 2),
+        conv_kernel=(3, 3),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4,
+        num_conv_pos_embedding_groups=2,
+    )
+    return transformers.Wav2Vec2ForCTC(config).eval(), torch.randn(2, 64)
+
+
+@pytest.mark.parametrize(
+    ("make", "grouping", "budget", "auto"),
+    [
+        (bert, "head", 0.5, "AutoModelForSequenceClassification"),
+        (roberta, "head", {"*.0.*": 0.25, "*.1.*": 0.75}, "AutoModelForMaskedLM"),
+        (gpt2, "head", 0.5, "AutoModelForCausalLM"),
+        (wav2vec2, "head", 0.5, "AutoModelForCTC"),
+        (llama, "hidden", {"*.0.*": 0.5, "*.1.*": 0.25}, "AutoModelForCausalLM"),
+        (llama, "hidden", 0.5, "AutoModelForCausalLM"),
+    ],
+)
+def test_sizes_without_a_name_are_loaded_with_code(make, grouping, budget, auto, tmp_path):
+    network, example = make()
+    small = slim(zeroed(network, grouping, example, k=budget), example)
+    folder = tmp_path / "small"
+    save_slim(small, folder)
+    assert (folder / "slim_model.py").exists() == ("config" in small.slimming.kept)
+    again = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True).eval()
+    assert isinstance(again, type(network))
+    assert torch.equal(logits(again, example), logits(small, example))
+    again.save_pretrained(tmp_path / "trained")  # as after some training of the small network
+    last = getattr(transformers, auto).from_pretrained(tmp_path / "trained", trust_remote_code=True)
+    assert torch.equal(logits(last.eval(), example), logits(small, example))
+
+
+def test_what_no_folder_can_hold_is_refused(tmp_path):
+    network, example = llama()
+    small = slim(zeroed(network, "layer", example, k=1), example)
+    with pytest.raises(ValueError, match=r"no folder .* skipped; name a file that ends"):
+        save_slim(small, tmp_path / "small")
+    assert not list(tmp_path.iterdir())
+    small = slim(zeroed(bert()[0], "head", bert()[1], k=0.5), bert()[1])
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="path must be a folder that can be written"):
+        save_slim(small, tmp_path / "file")
+    with pytest.raises(ValueError, match="model must be what slim returned"):
+        save_slim(network, tmp_path / "other")
