@@ -7,15 +7,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from numbers import Integral
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_wgsef.groupings.costs import Costs, latency_costs
+from lightning_wgsef.groupings.costs import Costs, KnownLatency
 from lightning_wgsef.groupings.patterns import matches
 from lightning_wgsef.groups.grouped_layer import GroupedLayer
-from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.utils.validation import check_count_or_share
 
@@ -27,7 +25,7 @@ SCOPES = ("layer", "global")
 DEFAULT_K = 0.5
 
 # The names in `costs` that count the slim network, and what they may be called in a size.
-COUNTED = ("flops", "params")
+COUNTED = ("flops", "params", "latency")
 
 _UNITS = {
     "flops": ("flop", "flops"),
@@ -39,18 +37,27 @@ _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 
-_NAMED_UNITS = "FLOPs, params, B; with k, M, G, T or Ki, Mi, Gi before them"
+# In milliseconds.
+_TIMES = {"s": 1e3, "ms": 1.0, "us": 1e-3, "\u00b5s": 1e-3, "\u03bcs": 1e-3}
+
+_NAMED_UNITS = "FLOPs, params, B, with k, M, G, T or Ki, Mi, Gi before them; s, ms, us"
 
 
 def parsed_size(k: str) -> tuple[float, str] | None:
-    """Return a size in units, and what it counts: "flops", "params" or "bytes"; None if it is none.
+    """Return a size in units, and what it counts; None if it is none.
+
+    It counts "flops", "params", "bytes", or "latency" in milliseconds.
 
     >>> parsed_size("120 MFLOPs"), parsed_size("4 MB"), parsed_size("800 kparams")
     ((120000000.0, 'flops'), (4000000.0, 'bytes'), (800000.0, 'params'))
     >>> parsed_size("1 MiB"), parsed_size("5 miles")
     ((1048576.0, 'bytes'), None)
+    >>> parsed_size("5 ms"), parsed_size("0.25 s")
+    ((5.0, 'latency'), (250.0, 'latency'))
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z]+)\s*", k.lower())
+    match = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z\u00b5\u03bc]+)\s*", k.lower())
+    if match and match[2] in _TIMES and float(match[1]) > 0:
+        return float(match[1]) * _TIMES[match[2]], "latency"
     for measure, names in _UNITS.items() if match else ():
         for prefix, factor in (_PREFIXES | _BINARY).items():
             if match and match[2] in [prefix + name for name in names] and float(match[1]) > 0:
@@ -81,11 +88,13 @@ def check_budget(k: Budget, scope: str = "layer") -> None:
         check_count_or_share(f"k[{pattern!r}]", value, "groups")
 
 
-_A_SIZE = f"a size such as '120 MFLOPs', '4 MB' or '800 kparams' (units: {_NAMED_UNITS})"
+_A_SIZE = f"a size such as '120 MFLOPs', '4 MB', '800 kparams' or '5 ms' (units: {_NAMED_UNITS})"
 
 
-def measure_of(k: Budget, costs: Costs) -> str | None:
-    """Return what of the slim network the budget counts: "flops", "params", "bytes"; None: nothing.
+def measure_of(k: Budget, costs: Costs | KnownLatency) -> str | None:
+    """Return what of the slim network the budget counts; None: nothing.
+
+    It is "flops", "params", "bytes" or "latency".
 
     Raises:
         ValueError: k is a size in units of something else than ``costs`` says.
@@ -95,34 +104,31 @@ def measure_of(k: Budget, costs: Costs) -> str | None:
     """
     size = parsed_size(k) if isinstance(k, str) else None
     counted = costs if isinstance(costs, str) and costs in COUNTED else None
+    counted = "latency" if isinstance(costs, KnownLatency) else counted
     if size is None:
         return counted
-    fitting = {"flops": ("flops",), "params": ("params",), "bytes": ("params",)}[size[1]]
-    if costs is not None and counted not in fitting:
+    fitting = "params" if size[1] == "bytes" else size[1]
+    if costs is not None and counted != fitting:
         given = repr(costs) if isinstance(costs, str) else type(costs).__name__
         raise ValueError(
-            f"costs must be None or {fitting[0]!r} with k = {k!r}, which says what is counted, got "
+            f"costs must be None or {fitting!r} with k = {k!r}, which says what is counted, got "
             f"{given}"
         )
     return size[1]
 
 
 def with_costs(
-    model: nn.Module, layers: Sequence[GroupedLayer], costs: Costs, example_input: Any | None
-) -> tuple[list[GroupedLayer], float]:
-    """Give the layers these costs, and sum up what everything else in the model costs.
+    layers: Sequence[GroupedLayer], costs: Tensor | Mapping[str, Tensor] | None
+) -> list[GroupedLayer]:
+    """Give the layers these costs.
 
     Raises:
-        ValueError: see `latency_costs`; or a tensor of another length than the groups.
+        ValueError: a tensor of another length than the groups.
     """
     if costs is None:
-        return list(layers), 0.0
-    rest, counts = 0.0, {layer.name: layer.count for layer in layers}
-    if isinstance(costs, str):
-        if example_input is None:
-            raise ValueError(f"costs={costs!r} needs an example_input, a tensor or a tuple of them")
-        found, rest = latency_costs(model, Groups(layers), example_input)
-    elif isinstance(costs, Tensor):
+        return list(layers)
+    counts = {layer.name: layer.count for layer in layers}
+    if isinstance(costs, Tensor):
         if len(costs) != sum(counts.values()):
             raise ValueError(
                 f"costs must have one entry for each of the {sum(counts.values())} groups "
@@ -134,7 +140,7 @@ def with_costs(
         shapes = {name: tuple(values.shape) for name, values in found.items()}
         if shapes != {name: (count,) for name, count in counts.items()}:
             raise ValueError(f"costs must have the groups of every layer, {counts}, got {shapes}")
-    return [replace(layer, costs=found[layer.name]) for layer in layers], rest
+    return [replace(layer, costs=found[layer.name]) for layer in layers]
 
 
 def check_used(layers: Sequence[GroupedLayer], k: Budget) -> None:
@@ -183,13 +189,12 @@ def layer_budget(layer: GroupedLayer, k: int | float | Mapping[str, int | float]
     return float(k)
 
 
-def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -> float:
+def global_budget(layers: Sequence[GroupedLayer], k: int | float) -> float:
     """Return the budget of all layers together, which admits at least one group of each.
 
     Args:
         layers: the layers, with their costs.
-        k: a number, or a share of everything including ``rest``.
-        rest: what everything outside of groups costs.
+        k: a number, or a share.
 
     Raises:
         ValueError: more than there is, or too little for a group of every layer.
@@ -201,11 +206,8 @@ def global_budget(layers: Sequence[GroupedLayer], k: int | float, rest: float) -
     if isinstance(k, Integral):
         budget, asked = float(k), f"k = {k}:"
     else:
-        budget = float(k) * (total + rest) - rest
-        asked = (
-            f"k = {k} of {total + rest:g}, less {rest:g} outside of groups, leaves {budget:g}; "
-            "take a larger k:"
-        )
+        budget = float(k) * total
+        asked = f"k = {k} of {total:g} leaves {budget:g}; take a larger k:"
         if layers[0].costs is None:
             budget = math.floor(budget + 0.5)
     if not least <= budget <= total:
@@ -234,11 +236,13 @@ def size_limit(size: SlimSize, layers: Sequence[GroupedLayer], k: int | float | 
         limit = named[0]
     else:
         limit = float(k) if isinstance(k, Integral) else float(k) * total
+    if limit == total:  # of all groups, which may be more than was measured
+        return max(limit, float(size.of(torch.ones_like(size.kinds, dtype=torch.bool))))
     if not least <= limit <= total:
         raise ValueError(
-            f"k = {k!r}, {limit:,.0f} {size.unit} of the slim network, must lie between "
-            f"{least:,.0f} ({least / total:.1%}), what {_fewest(layers)} may leave, and "
-            f"{total:,.0f}, the dense network"
+            f"k = {k!r}, {size.shown(limit)} {size.unit} of the slim network, must lie between "
+            f"{size.shown(least)} ({least / total:.1%}), what {_fewest(layers)} may leave, and "
+            f"{size.shown(total)}, the dense network"
         )
     return limit
 

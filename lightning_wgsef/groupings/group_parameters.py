@@ -22,7 +22,7 @@ from lightning_wgsef.groupings.budget import (
     size_limit,
     with_costs,
 )
-from lightning_wgsef.groupings.costs import Costs, check_costs
+from lightning_wgsef.groupings.costs import Costs, KnownLatency, check_costs
 from lightning_wgsef.groupings.norm_statistics import with_exact_statistics
 from lightning_wgsef.groupings.patterns import check_patterns, matches
 from lightning_wgsef.groupings.registry import (
@@ -62,7 +62,7 @@ def group_parameters(
     exclude: str | Sequence[str] | None = None,
     scope: str = "layer",
     weights: Weights = None,
-    costs: Costs = None,
+    costs: Costs | KnownLatency = None,
     example_input: Any | None = None,
     overlap: str = "error",
     multiple_of: Multiple = 1,
@@ -80,7 +80,8 @@ def group_parameters(
             (0, 1], rounded to the nearest number, at least one), or a mapping from patterns of
             layer names to either; the first pattern that matches a layer counts, and layers
             that none matches are left out. Or the size of the whole slim network, such as
-            "120 MFLOPs" (of one sample), "4 MB" (parameters and buffers) or "800 kparams".
+            "120 MFLOPs" (of one sample), "4 MB" (parameters and buffers), "800 kparams" or "5 ms"
+            (measured on ``example_input``).
         include: patterns of layer names; only these are grouped. A layer that is left out by rule
             (the image's channels, the classifier's outputs, frozen layers, and of `structure` what
             could not be taken out) is grouped if ``include`` gives its exact name.
@@ -91,12 +92,12 @@ def group_parameters(
             "sqrt_size", "layer_norm", "taylor", "fisher" (see `with_weights`), a tensor with an
             entry for every group, layer after layer, or a mapping from layer names to tensors.
             None: "uniform", or with ``scope="global"`` "layer_norm", which makes layers comparable.
-        costs: what a group costs, and thereby the unit of k: None, 1; "params" and "flops", what
-            `slim` takes out of the network with it, of everything that makes or reads it: with
-            ``scope="global"`` the slim network has at most the share k of the dense one's, what is
-            not grouped included, to within one group; else k is a share of what the layer's own
-            groups cost. "latency", its share of its layer's time; a tensor with an entry for every
-            group, layer after layer, or a mapping from layer names to tensors. With names an
+        costs: what a group costs, and thereby the unit of k: None, 1; "params", "flops" and
+            "latency" (measured here, see `slim_size`), what `slim` takes out of the network with
+            it, of everything that makes or reads it: with ``scope="global"`` the slim network has
+            at most the share k of the dense one's, what is not grouped included, to within one
+            group; else k is a share of what the layer's own groups cost. A tensor with an entry for
+            every group, layer after layer, or a mapping from layer names to tensors. With names an
             ``example_input`` is needed; groups that cannot be taken out are left out.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them. With
             it, the claim that zero groups can be taken out is tried, see `zero_invariance`.
@@ -181,10 +182,13 @@ def group_parameters(
         layers = [layer for layer in layers if layer.removable and layer.count > 1]
         if not layers:
             raise _nothing(plain, grouping, left_out)
-        size = slim_size(plain, layers, measure, example_input)
+        limited = with_limits(layers, multiple_of, at_least, at_most)
+        known = costs.measured if isinstance(costs, KnownLatency) else None
+        size = slim_size(plain, limited, measure, example_input, known)
         costs = size.costs(torch.ones_like(size.kinds, dtype=torch.bool))
+    assert not isinstance(costs, str | KnownLatency)  # which are measures
     layers = with_exact_statistics(plain, layers, example_input)
-    layers, rest = with_costs(plain, layers, costs, example_input)
+    layers = with_costs(layers, costs)
     layers = with_weights(layers, weights, scope)
     if plain is not model:
         layers = on_model(layers, model)
@@ -203,7 +207,7 @@ def group_parameters(
     if scope == "global":
         if limit is None:
             assert isinstance(k, int | float)
-            limit = global_budget(layers, k, rest)
+            limit = global_budget(layers, k)
             size = SlimSize.of_costs(layers) if is_limited else None
         groups = Groups(layers, left_out, limit, size=size)
     elif size is not None and limit is not None:
@@ -226,7 +230,7 @@ def check_arguments(
     *,
     scope: str,
     weights: Weights,
-    costs: Costs,
+    costs: Costs | KnownLatency,
     overlap: str,
     multiple_of: Multiple,
     at_least: Bound,

@@ -1,13 +1,14 @@
-"""Measurement of the slim network's size by its groups alive, on copies with groups taken out."""
+"""Size of the slim network by its groups alive, measured on copies with groups taken out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.groupings.latency_table import MADE, ONE, OPERATIONS, READ, interpolated
 from lightning_wgsef.groupings.removability import Removable, as_channels, as_read_channels
 from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, on_model
@@ -21,15 +22,26 @@ from lightning_wgsef.network.example_input import (
 )
 from lightning_wgsef.network.experts import expert_modules
 from lightning_wgsef.network.flops import Operation, operations
-from lightning_wgsef.network.layers import canonical_name
+from lightning_wgsef.network.latency import module_calls, pass_times
+from lightning_wgsef.network.layers import canonical_name, modules_by_name
 from lightning_wgsef.network.residual import residual_blocks
+from lightning_wgsef.network.sharding import on_first_process
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal
 
-UNITS = {"flops": "FLOPs", "params": "parameters", "bytes": "bytes"}
+UNITS = {"flops": "FLOPs", "params": "parameters", "bytes": "bytes", "latency": "ms"}
+
+# Shares of the groups of every layer that stay in the networks that are timed; None: another share
+# of every layer. A share is varied by half of itself from layer to layer, so that what a layer
+# reads and what it makes are told apart.
+_LEVELS = (0.75, 0.75, 0.5, 0.5, 0.25, 0.25, 0.12, 0.12, None, None, None, None)
 
 
 def slim_size(
-    model: nn.Module, layers: Sequence[GroupedLayer], measure: str, example_input: Any
+    model: nn.Module,
+    layers: Sequence[GroupedLayer],
+    measure: str,
+    example_input: Any,
+    known: Tensor | None = None,
 ) -> SlimSize:
     """Measure what `slim` leaves of a network, as a function of its groups that are alive.
 
@@ -39,12 +51,17 @@ def slim_size(
     alive, and their products are the size. In the end half of all groups is taken out at once, and
     what comes out must be what the products say.
 
+    Latency is what modules take at a number of widths, interpolated (see `interpolated`), with the
+    example as it is, batch and all, on the model's device. Where torch.distributed runs, the first
+    process measures for all, and every process has to ask.
+
     Args:
         model: any module; it is copied, not touched.
         layers: its groups.
-        measure: "flops" (of one sample, as `network_report` counts), "params", or "bytes", those
-            of parameters and buffers.
+        measure: "flops" (of one sample, as `network_report` counts), "params", "bytes", those
+            of parameters and buffers, or "latency", in milliseconds.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+        known: the `Groups.latency` that was measured before; None: measure it.
 
     Raises:
         ValueError: groups that cannot be taken out, or whose size cannot be told from widths.
@@ -83,27 +100,35 @@ def slim_size(
         slopes[:, kind] = shapes.sizes - shapes.without(dead, layer.name)
     base = shapes.sizes - slopes @ counted
     size = _products(shapes, base, slopes, kinds, surgery.modules)
+    device = layers[0].largest_member.parameter.device
+    if measure == "latency":
+        if known is not None and len(known) == 1 + len(size.coefficients):
+            return size.with_latency(known.cpu()).to(device)
+        shapes.measure_units(_narrower(kinds, owner, layers, surgery.modules.values()))
+        size = _products(shapes, base, slopes, kinds, surgery.modules)
     _check(size, shapes, counts, layers)
-    return size.to(layers[0].largest_member.parameter.device)
+    return size.to(device)
 
 
 class _Part(NamedTuple):
-    """A product that counts: a parameter, a buffer or an operation.
+    """A product that counts: a parameter, a buffer, an operation, or what a module reads or makes.
 
     Attributes:
-        name: for messages.
+        name: of it; of what takes time, of the module or class that it belongs to.
         sizes: of all its axes.
         within: names of the modules that a group stands for, and that it is part of.
         value: what it costs for these sizes.
         operation: to count it with other sizes; None: the product of the sizes, times the unit.
-        unit: bytes a number, or 1.
+        unit: bytes a number, a share, or 1.
+        kind: of what takes time, as `interpolated` has it.
     """
 
     name: str
     sizes: list[int]
     within: frozenset[str]
-    operation: Operation | None
-    unit: float
+    operation: Operation | None = None
+    unit: float = 1.0
+    kind: int = ONE
 
     def value(self, sizes: Sequence[int]) -> float:
         if self.operation is not None:
@@ -202,7 +227,11 @@ class _Shapes:
 
     def __init__(self, surgery: _Surgery, example_input: Any, measure: str) -> None:
         self.surgery, self.measure = surgery, measure
-        self.example_input, self.samples = _samples(surgery.model, example_input)
+        self.units: dict[tuple[str, int], float] = {}
+        self.dense: float | None = None
+        self.example_input, self.samples = example_input, 1
+        if measure == "flops":
+            self.example_input, self.samples = _samples(surgery.model, example_input)
         nobody = torch.zeros(sum(x.count for x in surgery.layers), dtype=torch.bool)
         self.parts = self._parts(nobody)
         self.sizes = self._joined(self.parts)
@@ -232,11 +261,53 @@ class _Shapes:
         parts = self._parts(dead)
         return sum(part.value(part.sizes) for part in parts)
 
+    def measure_units(self, narrower: Iterable[Tensor]) -> None:
+        """Find out what one unit of every part takes, in milliseconds, on one process for all."""
+        self.dense, *units = on_first_process(lambda: self._measured(narrower))
+        # By what they are of: some are gone where a block is, and what takes its place is free.
+        self.units = {(x.name, x.kind): u for x, u in zip(self.parts, units, strict=True)}
+        self.parts = self._with_units(self.parts)
+
+    def _measured(self, narrower: Iterable[Tensor]) -> list[float]:
+        whole = torch.zeros(sum(x.count for x in self.surgery.layers), dtype=torch.bool)
+        networks = [self.surgery.without(dead) for dead in (whole, *narrower)]
+        found = [self._parts_of(network) for network in networks]
+        names = [part.name for part in self.parts]
+        values = [[part.value(part.sizes) for part in parts] for parts in found]
+        seconds, passes = [], pass_times(networks, self.example_input)
+        for times, network in zip(passes, networks, strict=True):
+            of_class: dict[str, float] = {}
+            for name, module in modules_by_name(network).items():
+                own = of_class.get(type(module).__name__, 0.0)
+                of_class[type(module).__name__] = own + times.modules.get(name, 0.0)
+            parts = {**of_class, **{f"'{x}'": t for x, t in times.modules.items()}}
+            seconds.append([parts[name] for name in dict.fromkeys(names)])
+        dense, *narrow = (times.whole for times in passes)
+        # Often of widths that kernels like, and then faster than what is a little narrower.
+        units = interpolated(
+            names,
+            [part.kind for part in self.parts],
+            torch.tensor(values[1:], dtype=torch.float64),
+            torch.tensor(seconds[1:], dtype=torch.float64),
+            torch.tensor(narrow, dtype=torch.float64),
+        )
+        return [1000 * dense, *(1000 * units).tolist()]
+
     def _parts(self, dead: Tensor) -> list[_Part]:
-        network, modules = self.surgery.without(dead), self.surgery.modules
+        return self._with_units(self._parts_of(self.surgery.without(dead)))
+
+    def _with_units(self, parts: list[_Part]) -> list[_Part]:
+        if not self.units:
+            return parts
+        return [x._replace(unit=self.units.get((x.name, x.kind), 0.0)) for x in parts]
+
+    def _parts_of(self, network: nn.Module) -> list[_Part]:
+        modules = self.surgery.modules
+        if self.measure == "latency":
+            return list(_timed_parts(network, self.example_input, modules))
         if self.measure == "flops":
             return [
-                _Part(x.name, x.sizes, x.within, x, 1 / self.samples)
+                _Part(x.name, x.sizes, frozenset(x.within), x, 1 / self.samples)
                 for x in operations(network, self.example_input, modules)
             ]
         values: dict[str, Tensor] = dict(network.named_parameters())
@@ -253,6 +324,43 @@ class _Shapes:
     @staticmethod
     def _joined(parts: Iterable[_Part]) -> Tensor:
         return torch.tensor([n for part in parts for n in part.sizes], dtype=torch.float64)
+
+
+def _timed_parts(
+    network: nn.Module, example_input: Any, modules: Collection[str]
+) -> Iterator[_Part]:
+    """Yield what takes time: of modules with products their own, of all others those of a class."""
+    own = modules_by_name(network)
+    products = operations(network, example_input, own)
+    busy = {x.within[-1] for x in products}
+    for x in products:
+        within = frozenset(x.within) & frozenset(modules)
+        yield _Part(f"'{x.within[-1]}'", x.sizes, within, x, kind=OPERATIONS)
+    for call in module_calls(network, example_input):
+        name = f"'{call.name}'" if call.name in busy else type(own[call.name]).__name__
+        within = frozenset(call.within) & frozenset(modules)
+        yield _Part(name, [], within)
+        for kind, shapes in ((READ, call.read), (MADE, call.made)):
+            for shape in shapes:
+                yield _Part(name, list(shape), within, kind=kind)
+
+
+def _narrower(
+    kinds: Tensor, owner: Tensor, layers: Sequence[GroupedLayer], whole: Collection[int]
+) -> Iterator[Tensor]:
+    """Yield which groups are taken out of networks of other widths, booleans (m,)."""
+    generator = torch.Generator().manual_seed(0)
+    for level in _LEVELS:
+        dead = torch.zeros(len(kinds), dtype=torch.bool)
+        for kind in range(int(kinds.max()) + 1):
+            own = (kinds == kind).nonzero().flatten()
+            draw = float(torch.rand((), generator=generator, dtype=torch.float64))
+            share = 0.1 + 0.9 * draw if level is None else min(1.0, level * (0.5 + draw))
+            step = layers[int(owner[own[0]])].multiple
+            count = max(1, round(share * len(own) / step)) * step
+            if own[0] not in whole:
+                dead[own[count:]] = True
+        yield dead
 
 
 def _samples(model: nn.Module, example_input: Any) -> tuple[Any, int]:
@@ -316,6 +424,7 @@ def _products(
         factors=torch.tensor(
             [[*key, *[one] * (most - len(key))] for key in products], dtype=torch.long
         ).view(-1, most),
+        dense=None if shapes.dense is None else torch.tensor(shapes.dense, dtype=torch.float64),
     )
 
 

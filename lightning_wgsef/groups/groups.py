@@ -37,7 +37,6 @@ class Groups:
         is_global: do all layers compete for one budget?
         budgets: K of every segment, shape (S,): of every layer, or of all together.
         size: of the slim network by the groups alive, where the budget counts that; else None.
-        limit: the largest size of the slim network; None: none was named.
         counts: number of groups of every layer.
         dtype: float64 where any weight is, else float32.
         device: where vectors over groups are.
@@ -45,7 +44,7 @@ class Groups:
     Args:
         budget: one budget for all layers; None: every layer has its own.
         size: see above; ``budget`` is the limit then.
-        limit: see above, where every layer has its own budget.
+        limit: see below, where every layer has its own budget.
 
     >>> from lightning_wgsef.groups.members import Member
     >>> weight = torch.nn.Parameter(torch.tensor([[3.0, 4.0], [0.0, 1.0]]))
@@ -86,7 +85,7 @@ class Groups:
             budgets = [budget]
         self.budgets = torch.tensor(budgets, dtype=torch.float64).to(self.device)
         self.size = None if size is None else size.to(self.device)
-        self.limit = limit if budget is None else budget
+        self._limit = limit
 
     def __len__(self) -> int:
         return sum(self.counts)
@@ -100,6 +99,24 @@ class Groups:
     def limits(self) -> WidthLimits:
         """How many groups of each layer may stay."""
         return WidthLimits.of(self.layers, self.device)
+
+    @property
+    def limit(self) -> float | None:
+        """The largest size of the slim network; None: none was named."""
+        return float(self.budgets[0]) if self.is_global else self._limit
+
+    @property
+    def latency(self) -> Tensor | None:
+        """What was measured of a size that is a latency, see `SlimSize`; None: nothing was.
+
+        A resumed run sets that of before.
+        """
+        return None if self.size is None else self.size.latency
+
+    @latency.setter
+    def latency(self, measured: Tensor | None) -> None:
+        if self.size is not None and measured is not None:
+            self.size = self.size.with_latency(measured)
 
     @property
     def starts(self) -> Tensor:
@@ -224,8 +241,8 @@ class Groups:
         if self.size is not None and self.size.unit and self.limit is not None:
             total = float(self.size.total)
             lines.append(
-                f"size of the slim network: at most {self.limit:,.0f} of {total:,.0f} "
-                f"{self.size.unit} ({self.limit / total:.1%})"
+                f"size of the slim network: at most {self.size.shown(self.limit)} of "
+                f"{self.size.shown(total)} {self.size.unit} ({self.limit / total:.1%})"
             )
         elif self.is_global:
             costs = self.costs if self.costs is not None else torch.ones(len(self))

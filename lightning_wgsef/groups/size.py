@@ -70,7 +70,7 @@ class SlimSize:
     """Size of what `slim` makes of a network, by its groups that are alive.
 
     Attributes:
-        unit: what is counted: "FLOPs" (of one sample), "parameters" or "bytes".
+        unit: what is counted: "FLOPs" (of one sample), "parameters" or "bytes"; or "ms", measured.
         kinds: which groups are alike, shape (m,): removing one of a kind has the effect of
             removing any other.
         base: the constant of every width, shape (widths,).
@@ -78,6 +78,8 @@ class SlimSize:
         coefficients: of the products, shape (products,).
         factors: the widths that are multiplied, shape (products, most factors); the last width is
             the number 1.
+        dense: the size of the dense network where that was measured by itself, shape (); None: it
+            is that of all groups.
 
     All numbers are float64, in which counts are exact.
 
@@ -101,11 +103,29 @@ class SlimSize:
     slopes: Tensor
     coefficients: Tensor
     factors: Tensor
+    dense: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
         """The size of the dense network, shape ()."""
-        return self.of(torch.ones_like(self.kinds, dtype=torch.bool))
+        return (
+            self.dense
+            if self.dense is not None
+            else self.of(torch.ones_like(self.kinds, dtype=torch.bool))
+        )
+
+    @property
+    def latency(self) -> Tensor | None:
+        """What was measured: of the dense network, and the coefficients; None: nothing was."""
+        return None if self.dense is None else torch.cat([self.dense.view(1), self.coefficients])
+
+    def with_latency(self, measured: Tensor) -> SlimSize:
+        """Take what was measured before, as `latency` has it."""
+        return replace(self, dense=measured[0], coefficients=measured[1:])
+
+    def shown(self, value: float) -> str:
+        """Write a size, without its unit."""
+        return f"{value:.3g}" if self.unit == "ms" else f"{value:,.0f}"
 
     def of(self, alive: Tensor) -> Tensor:
         """Count the size of the slim network where these groups, booleans (m,), are alive."""

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from lightning_wgsef.groupings.budget import Budget
-from lightning_wgsef.groupings.costs import Costs
+from lightning_wgsef.groupings.budget import Budget, measure_of
+from lightning_wgsef.groupings.costs import Costs, KnownLatency
 from lightning_wgsef.groupings.group_parameters import ASSUMED
 from lightning_wgsef.groupings.registry import Grouping, grouping_at_ends, grouping_name
 from lightning_wgsef.groupings.weights import Weights
@@ -40,6 +40,7 @@ from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
 from lightning_wgsef.slimming.slim import slim
+from lightning_wgsef.training.checkpointing import saved_latency
 from lightning_wgsef.training.half_space import HalfSpace
 from lightning_wgsef.training.masks import Twin, apply_masks_to, twins
 from lightning_wgsef.training.options import ARGUMENTS, Settings
@@ -103,7 +104,7 @@ class WGSEFCallback(Callback):
     Args:
         k: the budget of every layer: a number of groups (int), a share (float in (0, 1]), or a
             mapping from patterns of layer names to either; or the size of the slim network, such as
-            "120 MFLOPs", "4 MB" or "800 kparams"; or a `CubicRamp` down to one of these.
+            "120 MFLOPs", "4 MB", "800 kparams" or "5 ms"; or a `CubicRamp` down to one of these.
         lam: how hard groups compete: a number, with which the paper's step starts and from which it
             rises until the budget is reached; None: chosen by the length of training; or a
             schedule, such as `Homotopy`, or `Constant`, the paper's step all the way.
@@ -113,8 +114,8 @@ class WGSEFCallback(Callback):
         scope: "layer", or "global": all layers compete for one budget.
         weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", "taylor"
             or "fisher" (what the loss would lose with it, from gradients), or tensors.
-        costs: what a group costs: None (1), "params" or "flops" (with ``scope="global"`` k is then
-            the share of the slim network), "latency", or tensors.
+        costs: what a group costs: None (1), "params", "flops" or "latency" (measured when the fit
+            starts; with ``scope="global"`` k is then the share of the slim network), or tensors.
         example_input: for what follows a forward pass ("structure", "layer", sizes and costs);
             None: the module's ``example_input_array``.
         overlap: "error", or "first": leave a layer out that claims weights of one before it.
@@ -293,6 +294,10 @@ class WGSEFCallback(Callback):
             arguments["masks"] = "from_zeros"  # by now in the weights; the file may be gone
             if arguments["grouping"] is None and saved:
                 arguments["grouping"] = saved_grouping([saved])
+        known, k = saved_latency(self._state), arguments["k"]
+        measure = measure_of(k.k if isinstance(k, CubicRamp) else k, arguments["costs"])
+        if known is not None and measure == "latency":
+            arguments["costs"] = KnownLatency(known)
         self._assumed = ""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
@@ -555,7 +560,8 @@ class WGSEFCallback(Callback):
         self._forget_batches()
         if self._summary is not None and not trainer.interrupted:
             example = self._example_input(trainer, pl_module)
-            slims = self.slim_to is None and self.regularizer.frozen
+            measured = self.regularizer.groups.latency is not None
+            slims = (self.slim_to is None or measured) and self.regularizer.frozen
             self._summary.end(trainer, pl_module, example, slims=slims)
             write_hparams(trainer, self)
         if not self._kept_its_promise():

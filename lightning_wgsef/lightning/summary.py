@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.lightning.private import logged_step
 from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
+from lightning_wgsef.network.latency import pass_times
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.slimming.slim import slim
@@ -123,6 +124,8 @@ class PruningSummary:
             report = sparsity_report(whole, groups)
         if self.talks:
             trainer.print(f"{self.prefix}:\n{report}")
+            if small is not None and groups.latency is not None:
+                trainer.print(f"{self.prefix}: {self._measured_again(whole, small, example_input)}")
         share = 1 - report.parameters_alive / max(report.parameters, 1)
         for dashboard in self.dashboards:
             dashboard.draw(norms, logged_step(trainer))
@@ -135,8 +138,22 @@ class PruningSummary:
             return f", within a budget of {self._budget():g}"
         left, dense = float(groups.size.of(alive.to(groups.device))), float(groups.size.total)
         return (
-            f"; the slim network has {left:,.0f} {groups.size.unit}, {left / dense:.1%} of the "
-            f"dense one's (asked for: at most {groups.limit:,.0f}, {groups.limit / dense:.1%})"
+            f"; the slim network has {groups.size.shown(left)} {groups.size.unit}, "
+            f"{left / dense:.1%} of the dense one's (asked for: at most "
+            f"{groups.size.shown(groups.limit)}, {groups.limit / dense:.1%})"
+        )
+
+    def _measured_again(self, model: nn.Module, small: nn.Module, example_input: Any) -> str:
+        """Say what the slim network takes, beside what was asked for and foretold."""
+        groups = self.regularizer.groups
+        assert groups.size is not None
+        total, alive = float(groups.size.total), torch.cat(list(self.regularizer.masks.values()))
+        foretold = float(groups.size.of(alive.to(groups.device)))
+        asked = "" if groups.limit is None else f"asked for at most {_share(groups.limit, total)}, "
+        dense, found = (1000 * x.whole for x in pass_times([model, small], example_input))
+        return (
+            f"latency of the slim network: {asked}foretold {_share(foretold, total)}, "
+            f"measured {_share(found, dense)}"
         )
 
     def _budget(self) -> float:
@@ -145,6 +162,11 @@ class PruningSummary:
         if groups.is_global:
             return float(groups.budgets[0])
         return sum(x.budget * (x.count // x.m if x.m else 1) for x in groups.layers)
+
+
+def _share(value: float, total: float) -> str:
+    """Write a latency of that of the dense network, in milliseconds."""
+    return f"{value:.3g} of {total:.3g} ms ({value / total:.1%})"
 
 
 def _has_summary(trainer: Trainer) -> bool:

@@ -47,13 +47,13 @@ class Operation:
 
     Attributes:
         name: of torch's operator.
-        within: those of the modules asked for that it ran in.
+        within: those of the modules asked for that it ran in, the outermost first.
         arguments: as they were given, tensors as their shapes; the last is what it returned.
         named: arguments by name.
     """
 
     name: str
-    within: frozenset[str]
+    within: tuple[str, ...]
     arguments: tuple[Any, ...]
     named: dict[str, Any]
     formula: Callable[..., int]
@@ -93,7 +93,7 @@ def operations(
         def note(*given: Any, out_val: Any = None, **named: Any) -> int:
             shaped = tuple(x.shape if isinstance(x, Tensor) else x for x in (*given, out_val))
             named = {key: x.shape if isinstance(x, Tensor) else x for key, x in named.items()}
-            found.append(Operation(name, frozenset(inside), shaped, named, formula))
+            found.append(Operation(name, tuple(inside), shaped, named, formula))
             return int(formula(*given, out_val=out_val, **named))
 
         note._get_raw = True  # type: ignore[attr-defined]  # tensors, not their shapes

@@ -1,7 +1,8 @@
-"""Time and memory of forward passes, of one network or of two in turn, and of its layers."""
+"""Time and memory of forward passes, of one network or of several in turn, and of modules."""
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -9,7 +10,6 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Integral
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -23,9 +23,10 @@ from lightning_wgsef.network.example_input import (
     observed,
     on_device_of,
     run_example,
+    tensors,
     with_batch_size,
 )
-from lightning_wgsef.network.layers import weighted_layers
+from lightning_wgsef.network.layers import modules_by_name
 from lightning_wgsef.utils.tables import format_table
 
 MEMORY_OF_CPU = "allocations of torch during one pass, as its profiler records them"
@@ -260,53 +261,129 @@ def _shown(spread: Spread, scale: float = 1.0) -> str:
     return f"{spread.median * scale:.3g} ({lower:.3g}-{upper:.3g})"
 
 
-_WARM_UP = 2
+@dataclass(frozen=True)
+class ModuleCall:
+    """A call of a module in a forward pass.
 
-
-def layer_latencies(
-    model: nn.Module, example_input: Any, repeats: int = 10
-) -> tuple[dict[str, float], float]:
-    """Seconds of every weighted layer that a forward pass calls, and of the whole pass.
-
-    Medians over ``repeats`` passes, after two to warm up, on a CPU or one CUDA device; the calls of
-    a layer are added up. A compiled model runs as it is written. Raises `ValueError` if the pass
-    fails or ``repeats`` is no count.
-
-    >>> seconds, whole = layer_latencies(nn.Sequential(nn.Linear(3, 4)), torch.ones(1, 3))
-    >>> 0 < seconds["0"] < whole
-    True
+    Attributes:
+        name: of the module.
+        within: the modules that it ran in, the outermost first, itself included.
+        read: shapes of the tensors that it was given.
+        made: shapes of those that it returned.
     """
-    if not isinstance(repeats, Integral) or isinstance(repeats, bool) or repeats < 1:
-        raise ValueError(f"repeats must be a number of forward passes (int >= 1), got {repeats!r}")
-    device = device_of(model)
+
+    name: str
+    within: tuple[str, ...]
+    read: tuple[torch.Size, ...]
+    made: tuple[torch.Size, ...]
+
+
+def module_calls(model: nn.Module, example_input: Any) -> list[ModuleCall]:
+    """List the calls of all modules in one forward pass, in the order in which they return.
+
+    >>> [(x.name, x.made) for x in module_calls(nn.Sequential(nn.Linear(3, 4)), torch.ones(2, 3))]
+    [('0', (torch.Size([2, 4]),)), ('', (torch.Size([2, 4]),))]
+    """
+    found: list[ModuleCall] = []
+    inside: list[tuple[str, tuple[torch.Size, ...]]] = []
+
+    def enter(name: str, _: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        inside.append((name, _shapes([*inputs, *named.values()])))
+
+    def leave(name: str, _: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        within = tuple(own for own, _ in inside)
+        found.append(ModuleCall(name, within, inside.pop()[1], _shapes(output)))
+
+    modules = modules_by_name(model)
+    with evaluation(model), torch.no_grad(), observed(modules, enter, leave):
+        run_example(model, example_input)
+    return found
+
+
+def _shapes(value: Any) -> tuple[torch.Size, ...]:
+    return tuple(x.shape for x in tensors(value))
+
+
+@dataclass(frozen=True)
+class PassTimes:
+    """What a forward pass takes where nothing else disturbs it, in seconds.
+
+    Attributes:
+        whole: of the pass.
+        modules: of every module by name, without those that it calls; all calls together.
+    """
+
+    whole: float
+    modules: dict[str, float]
+
+
+# Turns to warm up, at least and at most so many to measure, and about so many seconds for it.
+_WARM_UP, _FEWEST, _MOST, _ABOUT = 1, 6, 40, 8.0
+
+
+def pass_times(networks: Sequence[nn.Module], example_input: Any) -> list[PassTimes]:
+    """Measure forward passes of networks, and how their modules share in them.
+
+    All networks run in every turn, in random order: once as they are, and once with a mark where a
+    module begins and ends, which takes time of its own. Times are the lowest of all turns: others
+    that use the machine only ever add to them. On a CPU or one CUDA device; a compiled model runs
+    as it is written.
+
+    Raises:
+        ValueError: a forward pass fails.
+
+    >>> (times,) = pass_times([nn.Sequential(nn.Linear(3, 4))], torch.ones(1, 3))
+    >>> times.whole > 0, sorted(times.modules)
+    (True, ['', '0'])
+    """
+    device = device_of(networks[0])
     gpu = device if device.type == "cuda" else None
-    layers = {layer.name: layer.module for layer in weighted_layers(model)}
-    marks: dict[str | None, list[Any]] = {}  # begin, end, begin, end ..; None: the whole pass
-    seconds: dict[str | None, list[float]] = {}
+    inputs = on_device_of(networks[0], example_input)
+    marks: list[tuple[str | None, Any]] = []  # of what begins, None of what ends; and when
+    modules: list[dict[str, float]] = [{} for _ in networks]
 
     def mark(name: str | None, *_: object) -> None:
         now: Any = perf_counter()
         if gpu:
-            now = torch.cuda.Event(enable_timing=True)
+            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             now.record()
-        marks.setdefault(name, []).append(now)
+        marks.append((name, now))
 
-    with (
-        evaluation(model),
-        torch.no_grad(),
-        observed(layers, mark, mark),
-        torch.cuda.device(gpu) if gpu else nullcontext(),
-    ):
-        for run in range(_WARM_UP + repeats):
-            marks.clear()
-            mark(None)
-            run_example(model, example_input)
-            mark(None)
-            if gpu:
-                torch.cuda.synchronize()
-            for name, (*times,) in marks.items() if run >= _WARM_UP else ():
-                pairs = zip(times[::2], times[1::2], strict=True)
-                spent = sum(a.elapsed_time(b) / 1000 if gpu else b - a for a, b in pairs)
-                seconds.setdefault(name, []).append(spent)
-    whole = median(seconds.pop(None))
-    return {name: median(times) for name, times in seconds.items() if name is not None}, whole
+    def run(network: nn.Module) -> None:
+        network(**inputs) if isinstance(inputs, dict) else network(*inputs)
+
+    def run_marked(number: int) -> None:
+        marks.clear()
+        with observed(modules_by_name(networks[number]), mark, lambda *_: mark(None)):
+            run(networks[number])
+        if gpu:
+            torch.cuda.synchronize(gpu)
+        least = modules[number]
+        for name, spent in _own_times(marks).items():
+            least[name] = min(spent, least.get(name, spent))
+
+    calls: list[Callable[[], object]] = [partial(run, network) for network in networks]
+    calls += [partial(run_marked, number) for number in range(len(networks))]
+    with evaluation(*networks), torch.no_grad(), torch.cuda.device(gpu) if gpu else nullcontext():
+        run_example(networks[0], example_input)  # a failure says what was given
+        start = perf_counter()
+        alternating_times(calls, 0, _WARM_UP, gpu)
+        turn = max((perf_counter() - start) / _WARM_UP, 1e-9)
+        turns = min(_MOST, max(_FEWEST, round(_ABOUT / turn)))
+        seconds = alternating_times(calls, turns, 0, gpu)
+    return [PassTimes(min(own), found) for own, found in zip(seconds, modules, strict=False)]
+
+
+def _own_times(marks: Sequence[tuple[str | None, Any]]) -> dict[str, float]:
+    """Sum up the time between marks for the innermost module that has begun and not ended."""
+    inside: list[str] = []
+    seconds: dict[str, float] = {}
+    for (name, start), (_, end) in itertools.pairwise(marks):
+        if name is None:
+            inside.pop()
+        else:
+            inside.append(name)
+        spent = end - start if isinstance(start, float) else start.elapsed_time(end) / 1000
+        if inside:
+            seconds[inside[-1]] = seconds.get(inside[-1], 0.0) + spent
+    return seconds

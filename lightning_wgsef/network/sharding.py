@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.tensor import DTensor
 
+_Value = TypeVar("_Value")
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -119,3 +120,28 @@ def spans(tensor: DTensor, name: str) -> tuple[range, ...]:
             "which is not supported: use fully_shard, after parallelize_module if at all"
         )
     return tuple(found)
+
+
+def on_first_process(make: Callable[[], _Value]) -> _Value:
+    """Return what ``make`` returns on the first process, on every one; each of them has to ask.
+
+    Raises:
+        ValueError: that of ``make``, on every process.
+
+    >>> on_first_process(lambda: 3)
+    3
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return make()
+    found: list[Any] = [None, None]
+    if distributed.get_rank() == 0:
+        try:
+            found[0] = make()
+        except Exception as error:  # the others wait
+            found[1] = error if isinstance(error, ValueError) else ValueError(repr(error))
+    distributed.broadcast_object_list(found)
+    if found[1] is not None:
+        raise found[1]
+    value: _Value = found[0]
+    return value

@@ -31,11 +31,13 @@ class Entry(NamedTuple):
     Attributes:
         place: the attribute of the pruner that holds it.
         kind: "steps", "flag", or the numbers of a tensor, "bool" or "float".
-        per: what a tensor has an entry for: every "group", "layer" or "segment"; with "mask" it is
-            a dict of tensors, one for every layer, that have one for every group.
+        per: what a tensor has an entry for: every "group", "layer" or "segment", or every "time"
+            that was measured; with "mask" it is a dict of tensors, one for every layer, that have
+            one for every group.
         sign: of a tensor's numbers.
         given: a tensor that depends on the arguments is None where it is None in this run; others
             are None until there is something to note.
+        optional: it is left out where it is None.
     """
 
     place: str
@@ -43,6 +45,7 @@ class Entry(NamedTuple):
     per: str = ""
     sign: str = ""
     given: bool = False
+    optional: bool = False
 
 
 ENTRIES = {
@@ -57,7 +60,10 @@ ENTRIES = {
     "weights": Entry("groups.weights", "float", "group", "positive", given=True),
     "costs": Entry("groups.costs", "float", "group", "positive", given=True),
     "budgets": Entry("groups.budgets", "float", "segment", "positive", given=True),
+    "latency": Entry("groups.latency", "float", "time", "at least 0", given=True, optional=True),
 }
+
+_OPTIONAL = [name for name, entry in ENTRIES.items() if entry.optional]
 
 
 def pruner_state(pruner: object, groups: Groups, total_steps: int | None) -> dict[str, Any]:
@@ -66,6 +72,9 @@ def pruner_state(pruner: object, groups: Groups, total_steps: int | None) -> dic
     entries = {name: attrgetter(entry.place)(pruner) for name, entry in ENTRIES.items()}
     if entries["masks"] is not None:  # views of one tensor
         entries["masks"] = {name: mask.clone() for name, mask in entries["masks"].items()}
+    for name in _OPTIONAL:
+        if entries[name] is None:
+            del entries[name]
     return {"layers": layers, "total_steps": total_steps, **entries}
 
 
@@ -80,7 +89,21 @@ def restore(pruner: object, state: Mapping[str, Any], device: torch.device) -> N
     for name, entry in ENTRIES.items():
         *owners, attribute = entry.place.split(".")
         owner = attrgetter(owners[0])(pruner) if owners else pruner
-        setattr(owner, attribute, moved(state[name]))
+        setattr(owner, attribute, moved(state.get(name)))
+
+
+def saved_latency(state: object) -> Tensor | None:
+    """Return the latency that a saved run measured, of a state that may be damaged; None: none.
+
+    >>> saved_latency({"attachments": [{"latency": torch.ones(3).double()}]})
+    tensor([1., 1., 1.], dtype=torch.float64)
+    """
+    parts = state.get("attachments") if isinstance(state, Mapping) else None
+    for saved in parts if isinstance(parts, list) else ():
+        value = saved.get("latency") if isinstance(saved, Mapping) else None
+        if isinstance(value, Tensor) and value.dim() == 1 and value.dtype == torch.float64:
+            return value
+    return None
 
 
 def pruner_states(
@@ -153,6 +176,7 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
         like: the state that such a pruner has now.
         groups: its groups.
     """
+    saved, like = ({**dict.fromkeys(_OPTIONAL), **state} for state in (saved, like))
     missing, foreign = like.keys() - saved.keys(), saved.keys() - like.keys()
     if missing or foreign:
         raise ValueError(
@@ -161,6 +185,7 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
             "it, or start without it"
         )
     sizes = {"group": len(groups), "layer": len(groups.layers), "segment": len(groups.budgets)}
+    sizes["time"] = len(groups.latency) if groups.latency is not None else 0
     for name, entry in ENTRIES.items():
         value = saved[name]
         if entry.kind == "steps":

@@ -10,7 +10,14 @@ from torch import nn
 
 from lightning_wgsef.network import latency as latency
 from lightning_wgsef.network.example_input import with_batch_size
-from lightning_wgsef.network.latency import Spread, alternating_times, compared, measure_latency
+from lightning_wgsef.network.latency import (
+    Spread,
+    alternating_times,
+    compared,
+    measure_latency,
+    module_calls,
+    pass_times,
+)
 from tests.helpers.groups import raises_naming
 
 
@@ -149,6 +156,53 @@ def test_arguments_by_name_and_place(clock):
     for example in ((INPUT, INPUT, "sum"), {"other": INPUT, "kind": "sum", "one": INPUT}):
         report = measure_latency(Sum(), example, repeats=1, batch_sizes=(4,))
         assert report.batches[0].peak_memory == 4 * 3 * 4
+
+
+# --- modules --------------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """Takes a second before and two after its parts."""
+
+    def __init__(self, clock, *parts):
+        super().__init__()
+        self.clock, self.parts = clock, nn.ModuleList(parts)
+
+    def forward(self, inputs):
+        self.clock.now += 1.0
+        for part in self.parts:
+            inputs = part(inputs)
+        self.clock.now += 2.0
+        return inputs
+
+
+def test_times_of_modules_are_their_own_and_the_lowest(clock):
+    """Both calls of a shared part; every other run is slow, and all networks run in every turn."""
+    shared = Timed(clock, "a", [3.0, 3.0, 70.0, 3.0])
+    inner = Around(clock, shared, shared)
+    other = Timed(clock, "b", [9.0, 5.0])
+    one, two = pass_times([Around(clock, inner), other], INPUT[:1])
+    assert one.modules == {"": 3.0, "parts.0": 3.0, "parts.0.parts.0": 6.0}
+    assert (one.whole, two.whole, two.modules) == (12.0, 5.0, {"": 5.0})
+    runs = {name: clock.log.count(name) for name in "ab"}
+    assert runs["a"] == 2 * (
+        runs["b"] + 1
+    )  # the first network runs once more, to see whether it does
+    assert inner.training
+
+
+def test_calls_of_modules():
+    shared = nn.Linear(3, 3)
+    model = nn.Sequential(shared, nn.Sequential(shared, nn.Flatten(0)))
+    calls = module_calls(model, INPUT)
+    assert [(x.name, x.within) for x in calls] == [
+        ("0", ("", "0")),
+        ("0", ("", "1", "0")),
+        ("1.1", ("", "1", "1.1")),
+        ("1", ("", "1")),
+        ("", ("",)),
+    ]
+    assert [(x.read, x.made) for x in calls[2:4]] == [(((2, 3),), ((6,),))] * 2
 
 
 # --- memory --------------------------------------------------------------------------------------
