@@ -47,7 +47,7 @@ def origin(suite: Suite, records: list[Record], command: str) -> list[str]:
 def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task: Task) -> list[str]:
     found = {method: runs_of(records, task, method) for method in task.methods(suite)}
     reference = {run["seed"]: run for run in found.get(REFERENCE, [])}
-    done = [method for method, runs in found.items() if len(runs) >= len(suite.seeds_for(method))]
+    done = [method for method, runs in found.items() if runs]
     ranked = sorted(done, key=lambda method: -mean_of(found[method], "test_accuracy"))
     lines = [f"{described(task)}. Mean ± standard deviation over {len(suite.seeds)} seeds.", ""]
     if suite.seeds_of:
@@ -68,9 +68,13 @@ def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task:
         lines += ["", *_cost_lines(ranked, found, latencies)]
     lines += _off_size(task, {method: found[method] for method in ranked})
     lines += _anchors(suite)
+    seeds = {method: len(suite.seeds_for(method)) for method in done}
+    fewer = [f"{x} {len(found[x])} of {n}" for x, n in seeds.items() if len(found[x]) < n]
+    if fewer:
+        lines += ["", f"Not of all seeds yet: {'; '.join(fewer)}."]
     missing = [method for method in found if method not in done]
     if missing:
-        lines += ["", f"Not run (all seeds): {'; '.join(missing)}."]
+        lines += ["", f"Not run: {'; '.join(missing)}."]
     lines += [f"\nLeft out: {method}: {reason}." for method, reason in task.skip.items()]
     return lines
 

@@ -100,3 +100,16 @@ def test_a_grid_without_a_budget_shows_how_many_groups_are_alive() -> None:
     text = grid_report(suite, records, "command")
     assert "| 0.5 | 80.00 ± 0.00, 4.00 ± 1.41 of 12 groups alive |" in text
     assert "the mask fixed after 100% of them" in text
+
+
+def test_seeds_that_are_missing_are_said() -> None:
+    measured = {
+        **{"hardware": "a machine", "date": "2026-01-01", "versions": {"torch": "2"}},
+        **{"test_accuracy": 80.0, "slim_test_accuracy": 80.0, "step_ratios": [1.0]},
+        **{"before_freeze": 70.0, "after_freeze": 70.0, "alive": [{"fc": [2, 8]}], "budget": 2.0},
+        **{"parameters": [8, 8], "flops": [8, 8], "peak_bytes": 2**20},
+    }
+    text = report(replace(SUITE, seeds=(0, 1)), [{**record("dense"), **measured}], {}, "command")
+    assert "| dense | learning rate 0.5 | 80.00 | - |" in text
+    assert "Not of all seeds yet: dense 1 of 2." in text
+    assert "Not run: gradual magnitude." in text
