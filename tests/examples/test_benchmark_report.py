@@ -104,7 +104,7 @@ def test_a_grid_without_a_budget_shows_how_many_groups_are_alive() -> None:
 
 def test_seeds_that_are_missing_are_said() -> None:
     measured = {
-        **{"hardware": "a machine", "date": "2026-01-01", "versions": {"torch": "2"}},
+        **{"name": "run", "hardware": "a machine", "date": "2026-01-01", "versions": {}},
         **{"test_accuracy": 80.0, "slim_test_accuracy": 80.0, "step_ratios": [1.0]},
         **{"before_freeze": 70.0, "after_freeze": 70.0, "alive": [{"fc": [2, 8]}], "budget": 2.0},
         **{"parameters": [8, 8], "flops": [8, 8], "peak_bytes": 2**20},
