@@ -127,6 +127,7 @@ def slim(
     example_input: str | None,
     output: str,
     masks: str | None,
+    multiple_of: int,
 ) -> str:
     """Take zero groups out of a network, with the same outputs, and compare."""
     check_slim_path(output)
@@ -137,7 +138,7 @@ def slim(
             example = example_of(network, example_input)
             zeros = None if masks is None else load_masks(masks)
         with _step("making smaller"):
-            smaller = slimming.slim(network, example, zeros)
+            smaller = slimming.slim(network, example, zeros, multiple_of=multiple_of)
         with _step("comparing"):
             comparison = _comparison({"checkpoint": network, "slim": smaller}, example)
         with _step("saving"):
@@ -267,6 +268,12 @@ def _parser() -> ArgumentParser:
         metavar="FILE",
         help="of torch.save: tensors shaped like parameters, by name; where they are zero, so "
         "becomes the weight",
+    )
+    own.add_argument(
+        "--multiple-of",
+        type=PositiveInt,
+        default=1,
+        help="widths that come out are multiples of this number of channels",
     )
 
     own = command(

@@ -85,21 +85,37 @@ def limited_budget(layer: GroupedLayer, budget: float) -> float:
     return cost * max(least, min(most, count // layer.multiple * layer.multiple))
 
 
+def as_multiple(left: int, count: int, multiple: int) -> int:
+    """Return the least width that is a multiple and at least ``left``; that if none is possible.
+
+    >>> as_multiple(9, 20, 8), as_multiple(0, 20, 8), as_multiple(18, 20, 8)
+    (16, 8, 18)
+    """
+    width = max(1, math.ceil(left / multiple)) * multiple
+    return width if width <= count else left
+
+
+def multiple_of_groups(layer: GroupedLayer, multiple_of: Multiple) -> int:
+    """Return of what number of groups the layer keeps multiples; 1 where they are no widths."""
+    asked = _of(layer, multiple_of)
+    if asked is None or asked == 1 or layer.grouping in _WHOLE or layer.m:
+        return layer.multiple
+    return math.lcm(layer.multiple, int(asked) // math.gcd(int(asked), _channels(layer)))
+
+
 def _limited(
     layer: GroupedLayer, multiple_of: Multiple, at_least: Bound, at_most: Bound
 ) -> GroupedLayer:
-    asked, least, most = (_of(layer, x) for x in (multiple_of, at_least, at_most))
+    least, most = (_of(layer, x) for x in (at_least, at_most))
     named = f"layer '{layer.name}' ({layer.grouping}), which has {layer.count} groups"
-    multiple = layer.multiple
-    if asked is not None and asked > 1 and layer.grouping not in _WHOLE and not layer.m:
-        each = _channels(layer)
-        multiple = math.lcm(multiple, int(asked) // math.gcd(int(asked), each))
-        if multiple > layer.count:
-            raise ValueError(
-                f"multiple_of = {asked} is larger than {named} of {each} channels; take a mapping "
-                f"of patterns such as {{'{layer.name}': {layer.count * each}, '*': {asked}}}, or "
-                "exclude the layer"
-            )
+    multiple = multiple_of_groups(layer, multiple_of)
+    if multiple > layer.count and multiple > layer.multiple:
+        asked, each = _of(layer, multiple_of), _channels(layer)
+        raise ValueError(
+            f"multiple_of = {asked} is larger than {named} of {each} channels; take a mapping of "
+            f"patterns such as {{'{layer.name}': {layer.count * each}, '*': {asked}}}, or exclude "
+            "the layer"
+        )
     floor = layer.least if least is None else max(layer.least, _number(least, layer.count, up=True))
     ceiling = layer.most if most is None else _number(most, layer.count, up=False)
     if floor > layer.count:

@@ -52,7 +52,9 @@ if TYPE_CHECKING:
     from pytorch_lightning import LightningModule, Trainer
 
 
-def write_slim(model: nn.Module, example_input: Any, path: str | os.PathLike[str]) -> str:
+def write_slim(
+    model: nn.Module, example_input: Any, path: str | os.PathLike[str], multiple_of: Multiple = 1
+) -> str:
     """Make a network smaller, and write it and a report.
 
     Args:
@@ -60,13 +62,15 @@ def write_slim(model: nn.Module, example_input: Any, path: str | os.PathLike[str
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
         path: the file of `save_slim`; the report goes beside it, as JSON of the same name.
 
+        multiple_of: see `slim`.
+
     Returns:
         What was taken out, and what both networks need, as text.
 
     Raises:
         ValueError: `slim` refuses, or a path that cannot be written.
     """
-    small = slim(model, example_input)
+    small = slim(model, example_input, multiple_of=multiple_of)
     report = network_report({"before": model, "slim": small}, example_input)
     save_slim(small, path)
     report.save_json(Path(path).with_suffix(".json"))
@@ -602,7 +606,8 @@ class WGSEFCallback(Callback):
             model = unsharded_copy(pl_module)  # of sharded weights every process has a part
             if not trainer.is_global_zero:
                 return
-            report = write_slim(model, self._example_input(trainer, pl_module), self.slim_to)
+            example = self._example_input(trainer, pl_module)
+            report = write_slim(model, example, self.slim_to, self.arguments["multiple_of"])
         except Exception as error:  # whatever the network does on the way, training is over
             kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
             warnings.warn(

@@ -115,7 +115,7 @@ class PruningSummary:
         small = None
         if slims and example_input is not None and any(x.removable for x in groups.layers):
             try:
-                small = slim(whole, example_input)
+                small = slim(whole, example_input, multiple_of=self.regularizer.multiple_of)
             except Exception:  # the table is worth having without it; slim_to says what is wrong
                 small = None
         try:

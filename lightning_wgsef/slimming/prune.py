@@ -75,7 +75,7 @@ def prune(
         measure_importance(network, groups, named["weights"], pairs, loss)
     groups.scale_(projected(groups).to(groups.dtype))
     estimate_statistics(network, [inputs for inputs, _ in pairs])
-    return slim(network, pairs[0][0])
+    return slim(network, pairs[0][0], multiple_of=options.get("multiple_of", 1))
 
 
 def projected(groups: Groups) -> Tensor:

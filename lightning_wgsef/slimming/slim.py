@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any, TypeVar
@@ -15,8 +16,16 @@ from torch.optim import Optimizer
 from lightning_wgsef.groupings.experts import expert_groups
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
+from lightning_wgsef.groupings.patterns import matches
 from lightning_wgsef.groupings.unit_removal import unit_removal
+from lightning_wgsef.groupings.width_limits import (
+    Multiple,
+    as_multiple,
+    check_limits,
+    multiple_of_groups,
+)
 from lightning_wgsef.groups.groups import Groups
+from lightning_wgsef.network.channels import PRODUCERS, produced
 from lightning_wgsef.network.dependency_graph import Graph, build_graph
 from lightning_wgsef.network.equivalence import (
     OUTPUTS,
@@ -104,6 +113,7 @@ def slim(
     masks: Mapping[str, Tensor] | None = None,
     *,
     check: Any = None,
+    multiple_of: Multiple = 1,
     inplace: bool = False,
     optimizer: Optimizer | None = None,
 ) -> nn.Module:
@@ -130,6 +140,8 @@ def slim(
         check: more inputs to try every removal on, such as a loader of batches; of a batch that
             ``forward`` does not take as a whole, its first part (without labels) is taken. The
             first 32 are used.
+        multiple_of: widths that come out are multiples of this number of channels, or by patterns
+            of the names of layers that make or read them: as many zero channels stay as that needs.
         inplace: make ``model`` itself smaller. Its parameters stay the same objects.
         optimizer: with ``inplace``, its state is cut in the same way, so that training goes on.
 
@@ -147,6 +159,7 @@ def slim(
     >>> small[0].out_channels, small[2].in_channels, network[0].out_channels
     (2, 2, 8)
     """
+    check_limits(multiple_of, None, None)
     if optimizer is not None and not inplace:
         raise ValueError("optimizer needs inplace=True: it holds the parameters of model itself")
     for name, parameter in model.named_parameters():
@@ -159,7 +172,7 @@ def slim(
     modes = {canonical_name(name): module.training for name, module in network.named_modules()}
     _apply(network, masks)
     network.eval()
-    work = _Slimmer(network, example_input, check)
+    work = _Slimmer(network, example_input, check, multiple_of)
     before, expected = model_copy(network), work.expected
     work.run()
     sized = shapes_of(before), example_input, work.plans
@@ -185,8 +198,11 @@ def slim(
 class _Slimmer:
     """Takes out of a network what can be taken out, round by round."""
 
-    def __init__(self, network: nn.Module, example_input: Any, check: Any) -> None:
+    def __init__(
+        self, network: nn.Module, example_input: Any, check: Any, multiple_of: Multiple
+    ) -> None:
         self.network = network
+        self.multiple_of = multiple_of
         self.plans: list[RemovalPlan] = []
         self.kept: dict[str, str] = {}
         self._ran: set[str] = set()
@@ -274,7 +290,13 @@ class _Slimmer:
             if found.layer.obstacle:
                 self.kept[found.layer.name] = found.layer.obstacle
             elif not layers & idle:
-                candidates[found.layer.name] = found
+                step = multiple_of_groups(found.layer, self.multiple_of)
+                dead = found.dead.nonzero().flatten().tolist()
+                stay = self._staying(found.layer.name, dead, found.layer.count, step)
+                found.dead[stay] = False
+                if len(stay) < len(dead):
+                    layer = replace(found.layer, multiple=step)
+                    candidates[found.layer.name] = replace(found, layer=layer)
         for widths in (False, True):
             before = dict(self.kept)
             for name in self._take(candidates, partial(_units_plan, self.network, widths)):
@@ -303,8 +325,42 @@ class _Slimmer:
                     "it with check="
                 )
             else:
-                candidates[found.found.name] = found
+                step = self._multiple(graph, found)
+                gone, count = sorted(found.bundles), found.found.tied.count
+                stay = self._staying(found.found.name, gone, count, step)
+                if len(stay) < len(gone):
+                    found = replace(found, bundles=found.bundles - set(stay))
+                    candidates[found.found.name] = found
         self._take(candidates, partial(_channels_plan, graph))
+
+    def _staying(self, name: str, dead: list[int], count: int, step: int) -> list[int]:
+        """Return which of the dead have to stay, so that the width is a multiple."""
+        more = as_multiple(count - len(dead), count, step) - (count - len(dead))
+        if step > 1 and more:
+            self.kept[name] = f"{more} zero groups stay, to keep multiple_of = {self.multiple_of}"
+        return dead[:more] if step > 1 else []
+
+    def _multiple(self, graph: Graph, found: DeadChannels) -> int:
+        """Return of how many bundles of channels the set keeps multiples."""
+        asked = self.multiple_of
+        tied = found.found.tied
+        if isinstance(asked, Mapping):
+            makers = [graph.names[module] for module, _ in produced(graph, tied)]
+            readers = [
+                graph.names[side[0].module]
+                for side in tied.positions
+                if side[0].type in PRODUCERS and not graph.outward(side)
+            ]
+            asked = next(
+                (
+                    number
+                    for names in ([found.found.name, *makers], readers)
+                    for pattern, number in asked.items()
+                    if any(matches(pattern, name) for name in names)
+                ),
+                1,
+            )
+        return int(asked) // math.gcd(int(asked), len(tied.bundle) // tied.count)
 
     def _fold(self, folded: nn.Module, outputs: list[Outputs]) -> None:
         """Take over the weights of a copy in which constants are folded."""

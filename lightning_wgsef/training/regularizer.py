@@ -100,6 +100,7 @@ class WGSEF:
         self.ramp, self.half_space = settings.ramp, settings.half_space
         self.freeze = settings.options["freeze"]
         self.importance = settings.importance
+        self.multiple_of = settings.options["multiple_of"]
         if total_steps is not None and not (isinstance(total_steps, Integral) and total_steps >= 1):
             raise ValueError(f"total_steps must be a number of steps >= 1, got {total_steps!r}")
         self.total_steps: int | None = total_steps
