@@ -5,7 +5,7 @@
 A small YOLO finds pasted Fashion-MNIST items. It is trained, pruned while it trains on, made
 smaller with `slim`, written as ONNX, and measured: COCO's mean average precision over overlaps from
 0.5 to 0.95, by pycocotools, which torchmetrics calls for it, too. About ten minutes on two cores.
-What is measured is printed, and kept in records.jsonl beside the ONNX file.
+What is measured is printed, and kept in figures.jsonl beside the ONNX file.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def main() -> None:
     data.setup()
     example = torch.zeros(2, *data.image_shape)
 
-    records = Records(options.folder / "records.jsonl")
+    records = Records(options.folder / "figures.jsonl")
 
     def show(name: str, network: nn.Module) -> None:
         weights = sum(int(parameter.count_nonzero()) for parameter in network.parameters())

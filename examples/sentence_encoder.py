@@ -7,7 +7,7 @@ all-MiniLM-L6-v2 (Wang et al., 2020; Reimers and Gurevych, 2019) turns sentences
 Here it learns to give the same ones with half of it, from sentences that lie on every machine: the
 documentation of Python's standard library, and licence texts. Beside it, with as many steps: the
 strongest half of its groups, taken at once, and the same small network from scratch. What is
-measured is printed, and kept in records.jsonl beside the encoder, which `AutoModel.from_pretrained`
+measured is printed, and kept in figures.jsonl beside the encoder, which `AutoModel.from_pretrained`
 loads, and its ONNX file. About three minutes on two cores.
 """
 
@@ -202,7 +202,7 @@ def compare(
         encoder: was trained.
         train: sentences to learn from.
         test: sentences that are held out, more than `NEIGHBOURS`.
-        folder: of records.jsonl, of the small encoder and of its ONNX file.
+        folder: of figures.jsonl, of the small encoder and of its ONNX file.
         epochs: passes over the sentences.
         batch_size: sentences of a step.
 
@@ -233,7 +233,7 @@ def compare(
     }
     times = measure_latency(small, example, against=encoder, batch_sizes=(1, 64), repeats=15)
     print(times)
-    records, wanted = Records(folder / "records.jsonl"), embeddings(encoder, test)
+    records, wanted = Records(folder / "figures.jsonl"), embeddings(encoder, test)
     for name, network in networks.items():
         figures: dict[str, Any] = agreement(embeddings(network, test), wanted)
         figures["parameters"] = sum(int(x.count_nonzero()) for x in network.parameters())

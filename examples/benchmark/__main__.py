@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 
+from examples.benchmark.curves import curve_lines, curves_of
 from examples.benchmark.documents import filled
 from examples.benchmark.latencies import measure_all, read_latencies
 from examples.benchmark.methods import METHODS
@@ -86,6 +87,8 @@ def write_report(suite: Suite, records: Records, folder: Path) -> list[Path]:
     tuned = suite.values is None
     if tuned:
         text = report(suite, runs, read_latencies(folder), command)
+        for curve in curves_of(suite):
+            text += "\n".join(curve_lines(suite, runs, curve)) + "\n"
     else:
         text = grid_report(suite, runs, command)
     (folder / "README.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tables of documents, filled from the records of suites.
+"""Tables of documents, filled from the records of suites and of examples.
 
 Above a table a comment says what its rows and columns are::
 
@@ -11,7 +11,13 @@ Above a table a comment says what its rows and columns are::
     ..
 
 Rows are methods by what they are called there, columns a task and one of `CELLS`; the first two
-lines of the table stay as they are.
+lines of the table stay as they are. Of the records of an example, rows are their names, and columns
+say how their entries are written; one that a record does not have stays empty::
+
+    <!-- figures: detector
+    rows: {dense: dense, without its zeros: slim}
+    columns: ["{map:.1f} %", "{latency[0]:.2f}"]
+    -->
 """
 
 from __future__ import annotations
@@ -30,7 +36,8 @@ from examples.benchmark.report import mean_of, operations_left, runs_of, spread
 from examples.benchmark.suite import Suite, check_known
 
 _TABLE = re.compile(
-    r"(?P<head><!-- records: (?P<suite>\S+)\s(?P<settings>.*?)-->\n\|[^\n]*\n\|[^\n]*\n)"
+    r"(?P<head><!-- (?P<kind>records|figures): (?P<suite>\S+)\s(?P<settings>.*?)-->\n"
+    r"\|[^\n]*\n\|[^\n]*\n)"
     r"(?:\|[^\n]*\n)*",
     re.DOTALL,
 )
@@ -68,12 +75,31 @@ def filled(text: str, results: Path, read: Callable[[str], Suite]) -> str:
     """
 
     def table(found: re.Match[str]) -> str:
-        suite = read(found["suite"])
-        rows = _rows(suite, results / suite.name, yaml.safe_load(found["settings"]))
+        settings = yaml.safe_load(found["settings"])
+        if found["kind"] == "figures":
+            rows = _figures(results / found["suite"] / "figures.jsonl", settings)
+        else:
+            suite = read(found["suite"])
+            rows = _rows(suite, results / suite.name, settings)
         lines = "".join(f"| {' | '.join(row)} |\n" for row in rows)
-        return found["head"] + lines.replace("|  |", "| |")
+        return found["head"] + re.sub(r"\|  (?=\|)", "| ", lines)
 
     return _TABLE.sub(table, text)
+
+
+def _figures(path: Path, settings: dict[str, Any]) -> list[list[str]]:
+    records = {record["name"]: record for record in Records(path).all()}
+    rows = []
+    for label, name in settings["rows"].items():
+        check_known(f"a row of {path}", name, records)
+        cells = []
+        for column in settings["columns"]:
+            try:
+                cells.append(column.format(**records[name]))
+            except (KeyError, IndexError):
+                cells.append("")
+        rows.append([label, *cells])
+    return rows
 
 
 def _rows(suite: Suite, folder: Path, settings: dict[str, Any]) -> list[list[str]]:

@@ -15,10 +15,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from examples.benchmark.curves import Curve, curves_of, points
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Record
-from examples.benchmark.report import grid, runs_of
-from examples.benchmark.suite import Suite, Task
+from examples.benchmark.report import grid, operations_left, runs_of
+from examples.benchmark.suite import WITHOUT_BUDGET, Suite, Task
 
 SHOWN = (
     "dense",
@@ -53,7 +54,33 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         )
         figure.suptitle(f"{task.network} on {task.data}, {task.budget()}")
         written.append(save(figure, folder / f"{task.name}.svg"))
+    for curve in curves_of(suite):
+        written += _draw_curve(suite, records, curve, folder)
     return written
+
+
+def _draw_curve(suite: Suite, records: list[Record], curve: Curve, folder: Path) -> list[Path]:
+    """Accuracy over the operations that are left, a line a method; nothing before any was run."""
+    found = points(suite, records, curve)
+    if not found.keys() - set(WITHOUT_BUDGET):
+        return []
+    figure, axes = pyplot.subplots(figsize=(8, 5.5), layout="constrained")
+    for number, (method, own) in enumerate(found.items()):
+        accuracies = [[run["test_accuracy"] for run in runs] for runs in own.values()]
+        means = [statistics.mean(values) for values in accuracies]
+        errors = [statistics.stdev(values) if len(values) > 1 else 0.0 for values in accuracies]
+        colour = pyplot.colormaps["tab10"](number % 10)
+        if method in WITHOUT_BUDGET:
+            axes.axhline(means[0], color=colour, linestyle=":", label=method)
+            continue
+        shares = [100 * operations_left(runs) for runs in own.values()]
+        marker = "o" if METHODS[method].ours else "^"
+        named = {"marker": marker, "color": colour, "capsize": 2, "label": method}
+        axes.errorbar(shares, means, errors, **named)
+    _over_operations(axes)
+    axes.legend(fontsize=7)
+    axes.set_title(f"{curve.name}: mean and standard deviation over seeds", fontsize=10)
+    return [save(figure, folder / f"{curve.name}.svg")]
 
 
 def save(figure: Figure, path: Path) -> Path:
@@ -79,6 +106,10 @@ def _against_operations(axes: Axes, found: dict[str, list[Record]]) -> None:
             capsize=2,
             label=method,
         )
+    _over_operations(axes)
+
+
+def _over_operations(axes: Axes) -> None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter("{x:g}")

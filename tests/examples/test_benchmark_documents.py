@@ -10,6 +10,7 @@ import pytest
 
 from examples.benchmark import __main__ as command
 from examples.benchmark.documents import CELLS, filled
+from examples.benchmark.records import Records
 
 CPU = "<!-- records: cpu {rows: {%s}, columns: [%s]} -->\n| a | b |\n|---|--:|\n"
 ONE = CPU % ("ours: 'homotopy, structure, layer'", "[lenet-10, accuracy]")
@@ -59,6 +60,22 @@ def test_every_kind_of_cell(tmp_path: Path) -> None:
 def test_what_is_not_there_is_named(text: str, words: str) -> None:
     with pytest.raises(ValueError, match=re.escape(words)):
         filled(text, command.RESULTS, command.read)
+
+
+def test_figures_of_an_example(tmp_path: Path) -> None:
+    records = Records(tmp_path / "zoo" / "figures.jsonl")
+    records.append({"name": "lion", "legs": 4, "weight": [190.25, 126.0]})
+    records.append({"name": "snake", "legs": 0})
+    text = (
+        "<!-- figures: zoo {rows: {a lion: lion, b: snake}, "
+        "columns: ['{legs}', '{weight[1]:.1f} kg', '{tail}']} -->\n"
+        "| | legs | | |\n|---|--:|---|---|\n"
+    )
+    expected = f"{text}| a lion | 4 | 126.0 kg | |\n| b | 0 | | |\n"
+    assert filled(text, tmp_path, command.read) == expected
+    assert filled(expected, tmp_path, command.read) == expected
+    with pytest.raises(ValueError, match=r"a row of .* must be one of \['lion', 'snake'\]"):
+        filled(text.replace("lion:", "tiger:").replace(": lion", ": tiger"), tmp_path, command.read)
 
 
 def test_the_command_writes_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

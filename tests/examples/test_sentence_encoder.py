@@ -51,7 +51,7 @@ def test_the_whole_way(tmp_path: Path) -> None:
     for layer in small.encoder.layer:
         assert layer.attention.self.query.out_features == 16
         assert layer.intermediate.dense.out_features == 24
-    found = {record["name"]: record for record in Records(tmp_path / "records.jsonl").all()}
+    found = {record["name"]: record for record in Records(tmp_path / "figures.jsonl").all()}
     assert found["dense"]["cosine"] == pytest.approx(1)
     assert found["dense"]["neighbours"] == found["dense"]["nearest"] == 100
     assert found["slim"]["neighbours"] == found["pruned"]["neighbours"]
@@ -156,7 +156,7 @@ def test_the_real_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         sys, "argv", ["sentence_encoder", "--sentences", "600", "--folder", str(tmp_path)]
     )
     example.main()
-    found = {record["name"]: record for record in Records(tmp_path / "records.jsonl").all()}
+    found = {record["name"]: record for record in Records(tmp_path / "figures.jsonl").all()}
     assert found["slim"]["cosine"] > 0.5
     assert found["slim"]["cosine"] > found["from scratch"]["cosine"]
     loaded = transformers.AutoModel.from_pretrained(tmp_path, trust_remote_code=True)
