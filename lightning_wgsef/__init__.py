@@ -23,6 +23,7 @@ from lightning_wgsef.penalties.group_lasso import GroupLasso
 from lightning_wgsef.penalties.preconditioned import prox_metric
 from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.reports.plots import plot_report, plot_sparsity
+from lightning_wgsef.reports.sensitivity import sensitivity
 from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.slimming.files import load_slim, save_slim
 from lightning_wgsef.slimming.prune import prune
@@ -64,6 +65,7 @@ __all__ = [
     "prune",
     "register_preconditioner",
     "save_slim",
+    "sensitivity",
     "slim",
     "sparsity_gap",
     "sparsity_report",
