@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ def load_model(path: str, make: str, init: Mapping[str, Any]) -> nn.Module:
     ...     print(load_model(f"{folder}/weights.pt", "torch.nn.Linear", sizes))
     Linear(in_features=4, out_features=2, bias=True)
     """
-    maker = _imported(make)
+    maker = imported("--model", make)
     if Path(path).suffix == ".safetensors":
         return load_slim(path, partial(_made, maker, make, init))
     content = read_checkpoint(path)
@@ -100,17 +101,49 @@ def example_input(model: nn.Module, shape: str | None, *, required: bool = True)
     return own
 
 
-def _imported(name: str) -> Callable[..., Any]:
+def load_batches(make: str, init: Mapping[str, Any], number: int) -> list[Any]:
+    """The first training batches of what a dotted name makes.
+
+    Args:
+        make: dotted name of a LightningDataModule, of another class with a ``train_dataloader``, or
+            of a function that returns batches.
+        init: its arguments.
+        number: how many batches.
+
+    Raises:
+        ValueError: what cannot be imported or made, or makes no batches.
+    """
+    maker = imported("--data", make)
+    try:
+        data = maker(**init)
+        if hasattr(data, "train_dataloader"):
+            for prepare, arguments in (("prepare_data", ()), ("setup", ("fit",))):
+                getattr(data, prepare, lambda *_: None)(*arguments)
+            data = data.train_dataloader()
+        return list(islice(data, number))
+    except Exception as error:  # making data runs the user's code
+        raise ValueError(
+            f"--data: {make} must make a LightningDataModule or batches, with the arguments "
+            f"--data-init {dict(init)}: {type(error).__name__}: {error}"
+        ) from error
+
+
+def imported(option: str, name: str) -> Callable[..., Any]:
+    """What a dotted name stands for, which can be called.
+
+    Raises:
+        ValueError: names the option and what went wrong.
+    """
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(import_module(module), attribute)
     except Exception as error:  # importing runs the user's code
         raise ValueError(
-            "--model must be a class that can be imported, such as my_package.my_module.MyClass, "
+            f"{option} must be a class that can be imported, such as my_package.my_module.MyClass, "
             f"got {name}: {type(error).__name__}: {error}"
         ) from error
     if not callable(found):
-        raise ValueError(f"--model must be a class, {name} is a {type(found).__name__}")
+        raise ValueError(f"{option} must be a class, {name} is a {type(found).__name__}")
     return found  # type: ignore[no-any-return]  # mypy forgets what callable() says of Any
 
 

@@ -7,7 +7,7 @@ import os
 import sys
 from argparse import RawDescriptionHelpFormatter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from json import dumps
 from typing import Any
@@ -19,13 +19,21 @@ from safetensors import SafetensorError
 from torch import nn
 
 from lightning_wgsef.cli.checkpoints import example_input as example_of
-from lightning_wgsef.cli.checkpoints import load_groupings, load_masks, load_model
+from lightning_wgsef.cli.checkpoints import (
+    imported,
+    load_batches,
+    load_groupings,
+    load_masks,
+    load_model,
+)
 from lightning_wgsef.export.runtimes import export_onnx, export_program
 from lightning_wgsef.export.sparse_storage import to_sparse
 from lightning_wgsef.groupings.group_parameters import group_parameters
 from lightning_wgsef.groupings.registry import DEFAULT_GROUPING, check_grouping
 from lightning_wgsef.network.latency import measure_latency
 from lightning_wgsef.reports.networks import network_report
+from lightning_wgsef.reports.plots import plot_report
+from lightning_wgsef.reports.sensitivity import sensitivity as measure_sensitivity
 from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.slimming import slim as slimming
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
@@ -36,6 +44,8 @@ _NAME = "lightning-wgsef"
 
 # jsonargparse has one name space of types for everybody.
 _SHAPE = restricted_string_type("ExampleShape", r"^[1-9]\d*(,[1-9]\d*)*$")
+
+_PICTURE = restricted_string_type("PictureFile", r"^.+\.(png|pdf|svg)$")
 
 _GROUPING = extend_base_type(
     "GroupingName", str, lambda _, value: check_grouping(value), register_key=(_NAME, "grouping")
@@ -66,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         sys.path.insert(0, os.getcwd())
     try:
         text = COMMANDS[options.command](**vars(options[options.command]))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (ModuleNotFoundError, OSError, SafetensorError, ValueError) as error:
         # Behind an empty line, torch explains how to debug torch.
         print(f"{_NAME}: error: {str(error).partition(_PARAGRAPH)[0]}", file=sys.stderr)
         return 1
@@ -196,11 +206,44 @@ def latency(
     return str(found)
 
 
+def sensitivity(
+    checkpoint: str,
+    model: str,
+    init: dict[str, Any],
+    example_input: str | None,
+    data: str,
+    data_init: dict[str, Any],
+    batches: int,
+    loss: str | None,
+    k: float | str,
+    grouping: str,
+    json: str | None,
+    plot: str | None,
+) -> str:
+    """Measure the loss without the weakest groups of every layer, and propose a k for each."""
+    with _step("reading"):
+        network = load_model(checkpoint, model, init)
+        pairs = load_batches(data, data_init, batches)
+        of_outputs = None if loss is None else imported("--loss", loss)
+        shape = example_input
+        example = {} if shape is None else {"example_input": example_of(network, shape)}
+    # Paths that cannot be written are noticed before the work.
+    with ExitStack() as files:
+        written = {path: files.enter_context(atomic_write(path)) for path in (json, plot) if path}
+        found = measure_sensitivity(network, pairs, of_outputs, k, grouping=grouping, **example)
+        if json is not None:
+            written[json].write_text(dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+        if plot is not None:
+            plot_report(found).savefig(written[plot], format=plot.rpartition(".")[2])
+    return str(found)
+
+
 COMMANDS: dict[str, Callable[..., str]] = {
     "report": report,
     "slim": slim,
     "export": export,
     "latency": latency,
+    "sensitivity": sensitivity,
 }
 
 
@@ -301,6 +344,33 @@ def _parser() -> ArgumentParser:
         "--batch-sizes", nargs="+", type=PositiveInt, default=[1], help="numbers of samples"
     )
     own.add_argument("--threads", type=PositiveInt, help="threads of torch; as set if not")
+
+    own = command(
+        "sensitivity", "last.ckpt --model my_package.Net --data my_package.MyData --k 0.4"
+    )
+    own.add_argument(
+        "--data",
+        required=True,
+        metavar="CLASS",
+        help="a LightningDataModule, whose training batches are taken, or a function that returns "
+        "batches, pairs of inputs and labels",
+    )
+    own.add_argument(
+        "--data-init", type=dict[str, Any], default={}, metavar="JSON", help="its arguments"
+    )
+    own.add_argument("--batches", type=PositiveInt, default=8, help="how many are used, at most 32")
+    own.add_argument(
+        "--loss", metavar="FUNCTION", help="of outputs and labels; cross entropy if not given"
+    )
+    own.add_argument(
+        "--k",
+        type=int | float | str,
+        default=0.5,
+        help="the size to propose for: a share of the FLOPs, or such as '4 MB'",
+    )
+    own.add_argument("--grouping", type=_GROUPING, default="structure", help="what is cut")
+    own.add_argument("--json", metavar="FILE", help="write the numbers to this file")
+    own.add_argument("--plot", type=_PICTURE, metavar="FILE", help="draw them: .png, .pdf or .svg")
     return parser
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_wgsef.reports.networks import NetworkReport
+from lightning_wgsef.reports.sensitivity import SensitivityReport
 from lightning_wgsef.reports.sparsity import SparsityReport
 
 if TYPE_CHECKING:
@@ -69,12 +70,13 @@ def plot_sparsity(source: str | os.PathLike[str] | History, prefix: str = "wgsef
     return figure
 
 
-def plot_report(report: SparsityReport | NetworkReport) -> Figure:
-    """Bars of a report: every layer's weights and those alive, or networks beside each other.
+def plot_report(report: SparsityReport | NetworkReport | SensitivityReport) -> Figure:
+    """Draw a report: every layer's weights and those alive, networks beside each other, or losses.
 
     Args:
-        report: of `sparsity_report` (dense and sparse, by layer), or a `NetworkReport` (such as of
-            a dense, a sparse and a slim network).
+        report: of `sparsity_report` (dense and sparse, by layer), of `network_report` (such as of
+            a dense, a sparse and a slim network), or of `sensitivity` (losses by layer and level,
+            and the share of every layer that the proposal keeps).
 
     Raises:
         ModuleNotFoundError: matplotlib is missing (``pip install "lightning-wgsef[plots]"``).
@@ -88,6 +90,8 @@ def plot_report(report: SparsityReport | NetworkReport) -> Figure:
     """
     if isinstance(report, NetworkReport):
         return _plot_networks(report)
+    if isinstance(report, SensitivityReport):
+        return _plot_sensitivity(report)
     layers = [layer for layer in report.layers if layer.parameters]
     figure, (axes,) = _figure(1)
     series = {
@@ -111,6 +115,24 @@ def _plot_networks(report: NetworkReport) -> Figure:
     for axes, (label, heights) in zip(plots, values.items(), strict=True):
         axes.bar_label(axes.bar(names, heights), fmt="{:,.4g}", fontsize=8)
         axes.set_ylabel(label)
+    return figure
+
+
+def _plot_sensitivity(report: SensitivityReport) -> Figure:
+    figure, (upper, lower) = _figure(2)
+    names = [layer.name for layer in report.layers]
+    places = range(len(names))
+    for number, level in enumerate(report.levels):
+        losses = [layer.losses[number] for layer in report.layers]
+        upper.plot(places, losses, marker="o", label=f"{level:.0%} of the layer's groups stay")
+    upper.axhline(report.loss, color="black", linestyle=":", label="the whole network")
+    upper.set_ylabel("loss")
+    upper.legend(fontsize=8)
+    lower.bar(places, [100 * layer.proposed / layer.groups for layer in report.layers])
+    lower.set_ylabel("groups by the proposed k, %")
+    for axes, labels in ((upper, [""] * len(names)), (lower, names)):
+        axes.set_xticks(places, labels, rotation=60, ha="right", fontsize=8)
+        axes.grid(alpha=0.3)
     return figure
 
 

@@ -175,6 +175,11 @@ def sensitivity(
     True
     """
     levels = _checked_levels(levels)
+    if "scope" in options:
+        raise ValueError(
+            "scope is no argument of sensitivity, whose k is the size of all layers together and "
+            f"which proposes one for each, got {options['scope']!r}"
+        )
     pairs = checked_pairs(model, batches, loss)
     network = model_copy(model)
     named = {

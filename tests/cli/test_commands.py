@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_wgsef import WGSEFCallback
+from lightning_wgsef import WGSEFCallback, sensitivity
 from lightning_wgsef.cli import commands as cli
 from lightning_wgsef.cli.commands import main
 from lightning_wgsef.export.sparse_storage import SparseLinear, load_sparse
@@ -30,8 +30,10 @@ from tests.helpers.networks.cli import (
     IMAGES,
     Dense,
     Images,
+    Labelled,
     OneSample,
     exported,
+    sensitive,
     slimmed,
     write_bad_files,
 )
@@ -356,6 +358,21 @@ def test_an_example_has_the_precision_of_the_model(folder, capsys):
 
 
 # --- bad input ---------------------------------------------------------------------------------
+
+
+def test_sensitivity_of_a_checkpoint(folder, capsys):
+    written = ["--json", "found.json", "--plot", "found.png"]
+    text = run(capsys, *sensitive(), "--k", "0.6", "--batches", "3", *written)
+    found = json.loads((folder / "found.json").read_text())
+    batches = Labelled()
+    batches.setup("fit")
+    expected = sensitivity(dense(), batches.train_dataloader()[:3], k=0.6)
+    assert found == json.loads(json.dumps(expected.as_dict()))
+    assert text == f"{expected}\n"
+    assert found["samples"] == 24
+    assert (folder / "found.png").read_bytes().startswith(b"\x89PNG")
+    text = run(capsys, *sensitive("labelled"), "--loss", f"{NETWORKS}.worst", "--k", "700 params")
+    assert "of 1,216 parameters" in text
 
 
 @pytest.mark.parametrize("case", BAD)

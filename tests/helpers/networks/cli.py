@@ -113,6 +113,34 @@ class AnyArguments(Dense):
         self.given = given
 
 
+class Labelled(pl.LightningDataModule):
+    """Batches of four numbers and a label."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.size = size
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(0)
+        self.inputs = torch.randn(5 * self.size, 4, generator=generator)
+
+    def train_dataloader(self):
+        labels = torch.arange(len(self.inputs)) % 32
+        return list(zip(self.inputs.split(self.size), labels.split(self.size), strict=True))
+
+
+def labelled():
+    return [(torch.ones(8, 4), torch.zeros(8, 32))]
+
+
+def worst(outputs, labels):
+    return (outputs - labels).abs().max()
+
+
+def unlabelled():
+    return [torch.randn(8, 4)]
+
+
 def no_module():
     return 3
 
@@ -153,6 +181,10 @@ def slimmed(checkpoint="dense.pt", options=DENSE, output="new.safetensors"):
 
 def exported(kind, checkpoint="dense.pt", options=DENSE, output="new"):
     return ["export", checkpoint, *options, "--format", kind, "--output", output]
+
+
+def sensitive(data="Labelled", *more):
+    return ["sensitivity", "dense.pt", *DENSE, "--data", f"{HERE}.{data}", *more]
 
 
 def of(name, shape="1,4"):
@@ -213,6 +245,25 @@ BAD = {
     "not callable": (
         slimmed(options=of(f"{HERE}.NO_CLASS")),
         ["NO_CLASS is a int"],
+    ),
+    "no data": (sensitive("No"), ["--data", "no attribute 'No'"]),
+    "data with other arguments": (
+        sensitive("Labelled", "--data-init.width=3"),
+        ["--data", "Labelled must make a LightningDataModule or batches", "{'width': 3}"],
+    ),
+    "data that is none": (sensitive("no_module"), ["--data", "no_module", "batches", "int"]),
+    "data without labels": (sensitive("unlabelled"), ["batches[0] must be a pair", "got Tensor"]),
+    "no loss": (
+        sensitive("Labelled", "--loss", "torch.nn.functional.no_loss"),
+        ["--loss", "no attribute 'no_loss'"],
+    ),
+    "an unknown unit": (
+        sensitive("Labelled", "--k", "5 miles", "--json", "new.json"),
+        ["got '5 miles'", "units: FLOPs, params, B"],
+    ),
+    "a size that cannot be": (
+        sensitive("Labelled", "--k", "0.001", "--plot", "new.png"),
+        ["k = 0.001", "must lie between"],
     ),
     "makes no module": (
         slimmed(options=of(f"{HERE}.no_module")),
