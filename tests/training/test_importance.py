@@ -78,6 +78,45 @@ def test_weights_are_running_means(kind, closure):
     assert sum(int(mask.sum()) for mask in regularizer.masks.values()) == 5
 
 
+@pytest.mark.parametrize("clipped", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_grad_scaler_changes_nothing(fused, clipped):
+    """Neither its factor, which a fused optimizer takes out itself, nor a step without effect."""
+
+    def train(scaler, overflows):
+        model = dense_network()
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.05, fused=fused)
+        more = {"weights": "taylor", "scope": "global", "lam": Homotopy(length=9)}
+        regularizer = WGSEF(model, 5, **more).attach(optimizer)
+        measured = []
+        for number in range(11):
+            for overflow in [True, False] if number == overflows else [False]:
+                optimizer.zero_grad()
+                for inputs, targets in batches(24)[2 * number : 2 * number + 2]:
+                    loss = (model(inputs) - targets).square().mean() / 2
+                    scaler.scale(loss * (torch.inf if overflow else 1.0)).backward()
+                if clipped:
+                    scaler.unscale_(optimizer)
+                    nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+                scaler.step(optimizer)
+                scaler.update()
+                weights = regularizer.pruners[0].groups.weights
+                state = weights, nn.utils.parameters_to_vector(model.parameters()).detach()
+                if overflow:
+                    torch.testing.assert_close(state, measured[-1], rtol=0, atol=0)
+                else:
+                    measured.append(state)
+        assert regularizer.frozen
+        return measured
+
+    # Powers of 2 scale gradients without rounding. Fused steps without effect count as steps.
+    scaled = train(torch.amp.GradScaler("cpu", init_scale=2.0**10), overflows=4)
+    plain = train(torch.amp.GradScaler("cpu", enabled=False), overflows=None)
+    same = 4 if fused else 11
+    torch.testing.assert_close(scaled[:same], plain[:same], rtol=0, atol=0)
+    assert not torch.equal(plain[0][0], plain[3][0])
+
+
 def test_the_first_projection_keeps_what_the_loss_would_miss():
     """A column that is large and that the loss does not feel goes; smaller ones stay."""
     torch.manual_seed(0)
