@@ -17,6 +17,7 @@ import torch
 from examples.benchmark.method_api import Count
 from examples.data.batches import Batches
 from examples.training import accuracy
+from lightning_wgsef import Groups, group_parameters, prox_multipliers
 from lightning_wgsef.training.schedules import in_steps
 
 NO_TIME = 75
@@ -83,6 +84,13 @@ class Clock(pl.Callback):
             self._counted = len(self.seconds)
 
 
+def strongest(groups: Groups) -> torch.Tensor:
+    """1 for the groups that the budgets keep, the n largest weights of every m, say; else 0."""
+    return prox_multipliers(
+        groups.norms(), 1.0, groups.budgets, segments=groups.segments, debias=1.0
+    )
+
+
 def _wait(trainer: pl.Trainer) -> None:
     if trainer.strategy.root_device.type == "cuda":
         torch.cuda.synchronize()
@@ -138,6 +146,37 @@ class Watch(pl.Callback):
 
     def _half(self, trainer: pl.Trainer) -> int:
         return in_steps("freeze", self.freeze, total_steps(trainer))
+
+
+class Sides(pl.Callback):
+    """On which side weights are: one of the n largest of their m, or not; where m compete for n.
+
+    Args:
+        arguments: those of `group_parameters`.
+    """
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        self.arguments = arguments
+        self.seen: list[torch.Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was seen so far."""
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was seen before."""
+        self.seen = state_dict["seen"]
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
+        """Note the sides."""
+        groups = group_parameters(pl_module.network, **self.arguments)
+        if any(layer.m for layer in groups.layers):
+            self.seen.append(strongest(groups) > 0)
+
+    def record(self) -> dict[str, list[float]]:
+        """For every epoch the share of weights that end on the other side than they were then."""
+        moved = [float((sides != self.seen[-1]).double().mean()) for sides in self.seen]
+        return {"moved": moved} if moved else {}
 
 
 class Checkpoint(pl.Callback):

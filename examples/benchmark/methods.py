@@ -15,6 +15,7 @@ import pytorch_lightning as pl
 
 from examples.benchmark.baselines.classical import AdaHSPG, GradualMagnitude, smaller_network
 from examples.benchmark.baselines.lightning_pruning import magnitude_once
+from examples.benchmark.baselines.n_of_m import SRSTE, MagnitudeOnce
 from examples.benchmark.baselines.pat import pat_global, pat_lasso, pat_min_sparsity
 from examples.benchmark.baselines.torch_pruning import TorchPruning
 from examples.benchmark.method_api import Pruning, Situation
@@ -183,6 +184,14 @@ METHODS: dict[str, Method] = {
         "learning rate", RATES, lambda s, x: Pruning(network=smaller_network(s), lr=x)
     ),
     "one-shot magnitude": Method("learning rate", RATES, magnitude_once),
+    "one-shot magnitude, n:m": Method(
+        "learning rate",
+        RATES,
+        lambda s, x: Pruning([MagnitudeOnce(s.task.freeze, **s.groups())], lr=x),
+    ),
+    "SR-STE": Method(
+        "lambda_W", (5e-5, 2e-4, 8e-4), lambda s, x: _callback(SRSTE(x, **s.groups()))
+    ),
     "gradual magnitude": Method(
         "length",
         (0.6, 0.8, 1.0),

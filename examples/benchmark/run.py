@@ -19,7 +19,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from examples.benchmark.callbacks import Checkpoint, Clock, CosineRate, Watch, accuracy, total_steps
+from examples.benchmark.callbacks import (
+    Checkpoint,
+    Clock,
+    CosineRate,
+    Sides,
+    Watch,
+    accuracy,
+    total_steps,
+)
 from examples.benchmark.latencies import save_small, small_networks
 from examples.benchmark.method_api import Pruning, Situation, counted
 from examples.benchmark.methods import METHODS
@@ -29,7 +37,7 @@ from examples.benchmark.suite import Run
 from examples.data.modules import InMemory
 from examples.sizes import budget_for_operations
 from examples.training import Classifier
-from lightning_wgsef import group_parameters, network_report, slim
+from lightning_wgsef import Groups, group_parameters, network_report, slim
 from lightning_wgsef.utils.files import atomic_write
 
 PLAIN_STEPS = 30
@@ -100,8 +108,10 @@ def execute(
     network = dense if pruning.network is None else pruning.network
     original = copy.deepcopy(dense)
     model = Trained(network, run, pruning, data.num_classes)
-    groups = group_parameters(original, **(pruning.groups or situation.groups()))
-    count = pruning.count or counted(groups, pruning.groups or situation.groups())
+    arguments = pruning.groups or situation.groups()
+    groups = group_parameters(original, **arguments)
+    count = pruning.count or counted(groups, arguments)
+    sides = Sides(arguments)
     watch = Watch(data.val_dataloader(), count, run.task.freeze)
     checkpoint = work / "last.ckpt"
     clock = Clock(None if run.trial else lambda: plain_seconds(original, run, data, device))
@@ -110,6 +120,7 @@ def execute(
         clock,
         *pruning.callbacks,
         watch,
+        sides,
         Checkpoint(checkpoint, until),
     ]
     trainer = make_trainer(run, callbacks, device, max_epochs=run.task.epochs)
@@ -120,11 +131,12 @@ def execute(
         "name": run.name,
         **asdict(run),
         **({} if run.task.operations is None else {"k": situation.task.k}),
-        "budget": float(groups.budgets.sum()),
+        "budget": budget_of(groups),
         "seconds": round(sum(clock.seconds), 1),
         "step_ratios": clock.ratios,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **watch.seen,
+        **sides.record(),
         **outcome(model.cpu().network, original, data, run, small_networks(work.parent) / run.name),
         **origin(device),
     }
@@ -170,6 +182,14 @@ def sized(situation: Situation, run: Run) -> Situation:
         kept = group_parameters(situation.network, **{**tied, "k": k(tied)})
         found = float(kept.budgets.sum()) / len(kept)
     return with_k(task=replace(task, k=found))
+
+
+def budget_of(groups: Groups) -> float:
+    """How many groups may stay; of n:m those of all rows of m."""
+    rows = [1 if layer.m is None else layer.count // layer.m for layer in groups.layers]
+    return float(
+        groups.budgets.sum() if groups.is_global else groups.budgets @ torch.tensor(rows).double()
+    )
 
 
 def usable(checkpoint: Path) -> Path | None:
