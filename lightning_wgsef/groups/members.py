@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef.network.attention import DenseLayer
-from lightning_wgsef.utils.cache import CACHED
+from lightning_wgsef.utils.fusion import CACHED
 
 
 @dataclass(frozen=True, eq=False)

@@ -296,9 +296,11 @@ def _special(
         and alike
         and inside
         and bucket.width <= sorting_network.LONGEST
-        and k == int(k) < bucket.width
+        and k <= bucket.width
     ):
-        return sorting_network.multipliers(norms, step, int(k), debias=debias, anchored=anchored)
+        return sorting_network.multipliers(
+            norms, step, k, debias=debias, anchored=anchored, work=problem.segments.size
+        )
     return None
 
 

@@ -39,7 +39,10 @@ def in_general(norms, step, k, **options):
 
 
 @every_step
-@pytest.mark.parametrize(("width", "k"), [(4, 2), (4, 1), (4, 3), (8, 4), (8, 2), (16, 4), (3, 2)])
+@pytest.mark.parametrize(
+    ("width", "k"),
+    [(4, 2), (4, 3.7), (4, 2.25), (4, 1), (8, 4), (8, 8), (8, 7.9), (16, 0.5), (3, 2)],
+)
 def test_a_few_groups(width, k, step, debias, anchored):
     options = {"debias": debias, "anchored": anchored, "segments": width}
     norms = some_norms(width * few.MANY, torch.float64)

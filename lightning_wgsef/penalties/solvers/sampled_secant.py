@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_wgsef.penalties.solvers.root_finding import root_of_budget
-from lightning_wgsef.utils.cache import CACHED
+from lightning_wgsef.utils.fusion import CACHED
 
 # debias * step counts as 1 within the rounding of float32 arguments.
 FULL_STEP_SLACK = 6e-8

@@ -9,21 +9,24 @@ well gives the least over s of "s groups at 1, the rest cut below only". All are
 .. math:: \rho = \max_{s < K}\ \min_{e \ge K}
           \frac{(K - s)\, d + (e - s)\, t}{a_{s+1} + \dots + a_e}
 
-(an e below K would leave groups at 1 that s counts already). The norms of a segment are brought
-into order by a sorting network. Everything runs on rows of chunks that stay in the cache.
+for every K, whole or not (an e below K would leave groups at 1 that s counts already). The norms of
+a segment are brought into order by a sorting network. What is compared is positive or zero, and the
+bits of such numbers rise with them: as integers they need no care for NaN, which would cost more
+than the comparison.
 
-Unit weights and costs, a whole K, all segments alike. In float32 a multiplier is off by up to
+Unit weights and costs, all segments alike. In float32 a multiplier is off by up to
 about 1e-6 of 1, since u is a difference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from lightning_wgsef.utils.cache import CACHED
+from lightning_wgsef.utils.fusion import Fused, bits
 
 # Up to so many groups in a segment a network is better than a search.
 LONGEST = 16
@@ -34,80 +37,94 @@ MANY = 2**12
 # Above this ratio of t to d float32 would lose more than that.
 _STEEP = 4.0
 
-# The least 1 / rho, as a share of the largest norm. It is 0 where all live groups fit, and factors
-# would be 0 / 0.
-_SHORTEST = 1e-12
+# What a multiplier is divided by, at least.
+_LEAST = 1e-12
 
 
-def multipliers(norms: Tensor, step: float, k: int, *, debias: float, anchored: bool) -> Tensor:
+def multipliers(
+    norms: Tensor, step: float, k: float, *, debias: float, anchored: bool, work: int
+) -> Tensor:
     """Return what `prox_multipliers` gives, shape (S, n).
 
     Args:
         norms: shape (S, n), finite, at least 0.
         step: tau > 0, below 1 / debias.
-        k: the budget of every segment, 1 <= k < n.
+        k: the budget of every segment, 0 < k <= n.
         debias: see `prox_multipliers`.
         anchored: see `prox_multipliers`.
+        work: number of groups of all such calls of a step.
     """
     width = 1 - debias * step
-    most = 1 / (1 + step * (1 - debias))
-    result = torch.empty_like(norms)
-    dtype = torch.float64 if step / width > _STEEP else norms.dtype
-    for some, out in _chunks(norms, result, dtype):
-        ordered = _in_order(some)
-        # 1 / rho, which is 0 where no more groups are live than fit.
-        way = torch.maximum(_inverse_root(ordered, step, width, k), ordered[0] * _SHORTEST)
-        lowest, highest = way * step, way * (step + width)
-        # With b = clip(a, t / rho, (t + d) / rho) the factor is (b - t / rho) / (d b).
-        factors = _factors(torch.stack(some), lowest, highest, width, most)
-        if anchored:
-            last = _factors(ordered[k - 1], lowest, highest, width, most)
-            factors.div_(torch.where(ordered[k - 1] > 0, last, most)).clamp_(max=1)
-        if bool((ordered[0] == 0).any()):
-            factors.nan_to_num_(0.0)
-        for row, factor in zip(out, factors, strict=True):
-            row.copy_(factor)
-    return result
-
-
-def _factors(norms: Tensor, lowest: Tensor, highest: Tensor, width: float, most: float) -> Tensor:
-    """Return u / ((1 - debias t) u + t), written in bounded norms: one division."""
-    bounded = torch.clamp(norms, lowest, highest)
+    wide = norms.dtype == torch.float64 or step / width > _STEEP
+    dtype = torch.float64 if wide else torch.float32
+    least = math.ceil(k)
+    saturated = torch.arange(least, dtype=torch.float64).view(-1, 1)
+    entered = torch.arange(least, norms.shape[1] + 1)
+    parts = 1 / ((k - saturated) * width + (entered - saturated) * step)
     # Stretched by its own rounding, so that what is saturated is exactly so.
-    stretch = (1 + 8 * torch.finfo(norms.dtype).eps) / width
-    return (bounded - lowest).div_(bounded).mul_(stretch).clamp_(max=most)
+    stretch = (1 + 8 * torch.finfo(dtype).eps) / width
+    # 1 / rho is 0 where no more groups are live than fit: as little as divisions bear.
+    shortest = torch.finfo(dtype).tiny / step
+    numbers = [step, step + width, stretch, 1 / (1 + step * (1 - debias)), shortest]
+    anchor = math.floor(k) if anchored else 0
+    return _FUSED(norms, parts.to(dtype), torch.tensor(numbers, dtype=dtype), anchor, work=work)
 
 
-def _inverse_root(ordered: list[Tensor], step: float, width: float, k: int) -> Tensor:
+def _multipliers(
+    norms: Sequence[Tensor], parts: Tensor, numbers: Tensor, anchor: int
+) -> list[Tensor]:
+    """Return the multipliers of every group of a segment, each of shape (S,).
+
+    Args:
+        norms: of every group of a segment.
+        parts: one over the numerators of the formula of this module, those of s a row.
+        numbers: t, t + d, the stretch, the factor of what is saturated, and the least 1 / rho.
+        anchor: the place, from 1 on, of the group by whose factor all are divided; 0: by none.
+    """
+    step, end, stretch, most, least = numbers.unbind()
+    norms = [norm.to(numbers.dtype) for norm in norms]
+    ordered = _in_order(norms)
+    way = _larger(_inverse_root(ordered, parts), least)
+    lowest, highest = way * step, way * end
+
+    def factors(norms: Tensor, stretch: Tensor, most: Tensor) -> Tensor:
+        # With b = clip(a, t / rho, (t + d) / rho) the factor is (b - t / rho) / (d b).
+        bounded = _smaller(_larger(norms, lowest), highest)
+        return _smaller((bounded - lowest) * stretch / bounded, most)
+
+    if anchor:  # where that group is zero, all live ones are saturated: any small number does
+        stretch = stretch / _larger(factors(ordered[anchor - 1], stretch, most), most * _LEAST)
+        most = torch.ones_like(most)
+    return [factors(norm, stretch, most) for norm in norms]
+
+
+_FUSED = Fused(_multipliers, "n:m")
+
+
+def _inverse_root(ordered: Sequence[Tensor], parts: Tensor) -> Tensor:
     """Return 1 / rho for every segment, by the formula of this module."""
     # Of 1 / rho, which is 0 where too few groups are live, the largest over e and the least over s.
-    least = None
+    k, least = len(parts), None
     for saturated in range(k):
         # The sum a_{s+1} + .. + a_e, which gains one norm with every e.
-        total = sum(ordered[saturated:k], torch.zeros_like(ordered[0]))
-        greatest = None
-        for entered in range(k, len(ordered) + 1):
-            if entered > k:
-                total = total + ordered[entered - 1]
-            part = total / ((k - saturated) * width + (entered - saturated) * step)
-            greatest = part if greatest is None else torch.maximum(greatest, part)
-        assert greatest is not None
-        least = greatest if least is None else torch.minimum(least, greatest)
+        total = sum(ordered[saturated + 1 : k], ordered[saturated])
+        greatest = total * parts[saturated, 0]
+        for entered in range(k, len(ordered)):
+            total = total + ordered[entered]
+            greatest = _larger(greatest, total * parts[saturated, entered - k + 1])
+        least = greatest if least is None else _smaller(least, greatest)
     assert least is not None
     return least
 
 
-def _in_order(rows: list[Tensor]) -> list[Tensor]:
-    """Sort the rows in descending order, entry by entry (odd-even merge sort, Batcher 1968)."""
-    # Which pairs are compared does not depend on values: every step is one pass over two rows.
-    rows = list(rows)
+def _in_order(norms: Sequence[Tensor]) -> list[Tensor]:
+    """Sort the norms in descending order, entry by entry (odd-even merge sort, Batcher 1968)."""
+    # Which pairs are compared does not depend on values: every step is one pass over two of them.
+    rows = [bits(norm) for norm in norms]
     for first, second in _network(len(rows)):
-        high, low = (
-            torch.maximum(rows[first], rows[second]),
-            torch.minimum(rows[first], rows[second]),
-        )
-        rows[first], rows[second] = high, low
-    return rows
+        one, other = rows[first], rows[second]
+        rows[first], rows[second] = torch.maximum(one, other), torch.minimum(one, other)
+    return [row.view(norms[0].dtype) for row in rows]
 
 
 def _network(count: int) -> Iterator[tuple[int, int]]:
@@ -129,12 +146,9 @@ def _network(count: int) -> Iterator[tuple[int, int]]:
         size *= 2
 
 
-def _chunks(
-    norms: Tensor, result: Tensor, dtype: torch.dtype
-) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
-    """Yield the columns of some segments at a time, contiguous, and where their results go."""
-    segments = max(1, CACHED // norms.shape[1])
-    some, out = torch.split(norms, segments), torch.split(result, segments)
-    for rows, results in zip(some, out, strict=True):
-        columns = [column.to(dtype).contiguous() for column in rows.unbind(1)]
-        yield columns, list(results.unbind(1))
+def _larger(first: Tensor, second: Tensor) -> Tensor:
+    return torch.maximum(bits(first), bits(second)).view(first.dtype)
+
+
+def _smaller(first: Tensor, second: Tensor) -> Tensor:
+    return torch.minimum(bits(first), bits(second)).view(first.dtype)

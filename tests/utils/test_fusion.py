@@ -1,0 +1,131 @@
+"""Arithmetic that is compiled where that pays: the same bits as operation by operation."""
+
+import logging
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_wgsef import WGSEF, Homotopy, prox_multipliers
+from lightning_wgsef.penalties.solvers import sorting_network
+from lightning_wgsef.utils import fusion
+
+BACKENDS = [pytest.param("inductor", marks=pytest.mark.sweep), "eager"]
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """Everything is compiled from here on, and by nothing that was compiled before."""
+
+    def switch(backend):
+        torch._dynamo.reset()
+        fused = fusion.Fused(sorting_network._multipliers, "n:m")
+        monkeypatch.setattr(sorting_network, "_FUSED", fused)
+        monkeypatch.setattr(fusion, "LEAST", 0)
+        monkeypatch.setattr(fusion, "_CALL", 0)
+        if backend:
+            monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+        return fused
+
+    return switch
+
+
+def awkward_norms(count, dtype=torch.float32):
+    """Zeros, whole dead segments, ties, subnormals, and fifty orders of magnitude."""
+    generator = torch.Generator().manual_seed(0)
+    norms = torch.randn(count, generator=generator).abs()
+    norms[torch.rand(count, generator=generator) < 0.3] = 0
+    norms[:1600] = torch.randint(0, 3, (1600,), generator=generator).float()
+    norms[1600:3200] *= 1e-42
+    norms[3200:4800] *= 10.0 ** torch.randint(-25, 25, (1600,), generator=generator)
+    norms[4800:4848] = 0
+    return norms.to(dtype)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("width", "k", "step", "dtype"),
+    [
+        (4, 2, 0.05, torch.float32),
+        (4, 3.3, 0.9, torch.float32),  # between two budgets, and in float64
+        (3, 1.5, 0.05, torch.float32),  # no power of two
+        (8, 4, 0.05, torch.float64),
+    ],
+)
+def test_a_kernel_gives_the_same_bits(kernels, backend, width, k, step, dtype):
+    norms = awkward_norms(width * sorting_network.MANY, dtype)
+    options = {"segments": width, "debias": 1.0, "anchored": True}
+    want = prox_multipliers(norms, step, k, **options)
+    fused = kernels(backend)
+    got = prox_multipliers(norms, step, k, **options)
+    assert fused._compiled is not None
+    assert not fused._fails
+    assert torch.equal(got, want)
+    exact = prox_multipliers(
+        norms.double(), step, k, **options, weights=torch.ones_like(norms.double())
+    )
+    ordinary = torch.ones_like(norms, dtype=torch.bool)
+    ordinary[1600:3200] = False  # subnormal numbers have few digits
+    torch.testing.assert_close(got.double()[ordinary], exact[ordinary], rtol=0, atol=2e-6)
+
+
+def trained(steps=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 64))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    regularizer = WGSEF(model, lam=Homotopy(1e-2), grouping="2:4", total_steps=100)
+    regularizer.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 128)).square().mean().backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+def test_training_compiles_what_is_large_and_says_so(kernels, caplog):
+    want = trained()  # small: nothing is compiled
+    assert sorting_network._FUSED._compiled is None
+    fused = kernels("eager")
+    with caplog.at_level(logging.INFO, "lightning_wgsef"):
+        assert torch.equal(trained(), want)
+    assert fused._compiled is not None
+    assert [record.message for record in caplog.records if "compiled in" in record.message]
+    assert len(caplog.records) == 1  # once, for two layers of different sizes
+
+
+def test_where_nothing_can_be_compiled_the_steps_are_the_same(kernels, monkeypatch, caplog):
+    want = trained()
+    fused = kernels(None)
+    with torch._dynamo.config.patch(disable=True):
+        assert torch.equal(trained(), want)
+    assert fused._compiled is None
+
+    def no_compiler(function, **_):
+        def compiled(*_):
+            raise RuntimeError("no compiler")
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    with caplog.at_level(logging.INFO, "lightning_wgsef"):
+        assert torch.equal(trained(), want)
+    assert fused._fails
+    assert [record.levelname for record in caplog.records] == ["INFO"]
+
+
+def test_inside_of_what_is_compiled_nothing_is_compiled_again(kernels):
+    norms = torch.rand(4 * sorting_network.MANY)
+    fused = kernels(None)
+    others = torch.ones(2, 3), torch.tensor([0.1, 1.0, 1.1, 1.0, 1e-37]), 2
+
+    def step(norms):
+        return fused(norms, *others, work=2**40)
+
+    compiled = torch.compile(step, backend="eager")(norms.view(-1, 4))
+    monkeyed = fusion.Fused(sorting_network._multipliers, "n:m")
+    alone = monkeyed(
+        norms.view(-1, 4), torch.ones(2, 3), torch.tensor([0.1, 1.0, 1.1, 1.0, 1e-37]), 2, work=-1
+    )
+    assert torch.equal(compiled, alone)
+    assert fused._compiled is None
