@@ -149,7 +149,7 @@ class Watch(pl.Callback):
 
 
 class Sides(pl.Callback):
-    """On which side weights are: one of the n largest of their m, or not; where m compete for n.
+    """On which side weights are, where m compete for n: one of the n largest, or not.
 
     Args:
         arguments: those of `group_parameters`.
@@ -170,13 +170,11 @@ class Sides(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Note the sides."""
         groups = group_parameters(pl_module.network, **self.arguments)
-        if any(layer.m for layer in groups.layers):
-            self.seen.append(strongest(groups) > 0)
+        self.seen.append(strongest(groups) > 0)
 
     def record(self) -> dict[str, list[float]]:
         """For every epoch the share of weights that end on the other side than they were then."""
-        moved = [float((sides != self.seen[-1]).double().mean()) for sides in self.seen]
-        return {"moved": moved} if moved else {}
+        return {"moved": [float((x != self.seen[-1]).double().mean()) for x in self.seen]}
 
 
 class Checkpoint(pl.Callback):

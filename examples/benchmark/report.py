@@ -66,6 +66,7 @@ def _task_lines(suite: Suite, records: list[Record], latencies: Latencies, task:
             [_accuracy_row(method, found[method], reference) for method in ranked],
         )
         lines += ["", *_cost_lines(ranked, found, latencies)]
+        lines += _side_lines(ranked, found)
     lines += _off_size(task, {method: found[method] for method in ranked})
     lines += _anchors(suite)
     seeds = {method: len(suite.seeds_for(method)) for method in done}
@@ -119,6 +120,19 @@ def _cost_lines(
         "peak memory, MiB",
     ]
     return table(header, [_cost_row(method, found[method], latencies) for method in ranked])
+
+
+def _side_lines(ranked: Sequence[str], found: dict[str, list[Record]]) -> list[str]:
+    """Where n of every m weights stay: how many end on another side than they were on."""
+    rows = []
+    for method in ranked:
+        moved = [run["moved"] for run in found[method] if "moved" in run]
+        if moved:
+            places = (len(moved[0]) // 2 - 1, 3 * len(moved[0]) // 4 - 1)
+            shares = [statistics.mean(run[max(0, place)] for run in moved) for place in places]
+            rows.append([method, *(f"{share:.1%}" for share in shares)])
+    header = ["weights that end on another side", "than at half", "than at three quarters"]
+    return ["", *table(header, rows)] if rows else []
 
 
 def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record]) -> list[str]:

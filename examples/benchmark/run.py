@@ -111,7 +111,7 @@ def execute(
     arguments = pruning.groups or situation.groups()
     groups = group_parameters(original, **arguments)
     count = pruning.count or counted(groups, arguments)
-    sides = Sides(arguments)
+    sides = Sides(arguments) if any(layer.m for layer in groups.layers) else None
     watch = Watch(data.val_dataloader(), count, run.task.freeze)
     checkpoint = work / "last.ckpt"
     clock = Clock(None if run.trial else lambda: plain_seconds(original, run, data, device))
@@ -120,7 +120,7 @@ def execute(
         clock,
         *pruning.callbacks,
         watch,
-        sides,
+        *([] if sides is None else [sides]),
         Checkpoint(checkpoint, until),
     ]
     trainer = make_trainer(run, callbacks, device, max_epochs=run.task.epochs)
@@ -136,7 +136,7 @@ def execute(
         "step_ratios": clock.ratios,
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         **watch.seen,
-        **sides.record(),
+        **({} if sides is None else sides.record()),
         **outcome(model.cpu().network, original, data, run, small_networks(work.parent) / run.name),
         **origin(device),
     }

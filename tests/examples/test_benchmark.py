@@ -10,14 +10,17 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from examples.benchmark import run as protocol
 from examples.benchmark.__main__ import main
 from examples.benchmark.baselines.classical import smaller_network
+from examples.benchmark.baselines.n_of_m import SRSTE
 from examples.benchmark.callbacks import Checkpoint
 from examples.benchmark.method_api import Situation, counted
 from examples.benchmark.methods import METHODS
@@ -92,6 +95,48 @@ def test_every_method_keeps_the_protocol_and_resumes(
     resumed = execute(run, tmp_path)
     for key in ("validation", "loss", "alive", "test_accuracy", "before_freeze", "after_freeze"):
         assert resumed[key] == whole[key], key
+
+
+@pytest.mark.parametrize("method", ["one-shot magnitude, n:m", "SR-STE"])
+def test_patterns_keep_the_protocol_and_resume(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    task = replace(TASK, structure="2:4", k=0.5, epochs=2)
+    run = replace(run_of(method), task=task)
+    whole = execute(run, tmp_path)
+    assert sum(count for count, _ in whole["alive"][-1].values()) == whole["budget"]
+    assert sum(total for _, total in whole["alive"][-1].values()) == 2 * whole["budget"]
+    # One cut fixes the sides; SR-STE's go on to change.
+    assert (whole["moved"][0] > 0) == (method == "SR-STE")
+    assert whole["moved"][-1] == 0
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(0))
+    with pytest.raises(RuntimeError, match="stop"):
+        execute(run, tmp_path)
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
+    resumed = execute(run, tmp_path)
+    for key in ("validation", "loss", "alive", "moved", "test_accuracy"):
+        assert resumed[key] == whole[key], key
+
+
+def test_sr_ste_passes_gradients_through_and_lets_the_masked_decay() -> None:
+    torch.manual_seed(0)
+    network = nn.Linear(8, 4, bias=False)
+    dense = network.weight.detach().clone()
+    kept = dense.abs().view(-1, 4).argsort(1, descending=True).argsort(1) < 2
+    masked = torch.where(kept.view_as(dense), dense, 0.0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.1)
+    callback = SRSTE(0.3, grouping="2:4")
+    trainer = SimpleNamespace(optimizers=[optimizer])
+    callback.on_train_start(trainer, nn.Sequential(network))
+    assert torch.equal(network.weight, masked)
+    inputs = torch.randn(5, 8)
+    network(inputs).square().sum().backward()
+    gradient = 2 * (inputs @ masked.T).T @ inputs
+    callback.on_before_optimizer_step()
+    optimizer.step()
+    want = dense - 0.1 * (gradient + 0.3 * (dense - masked))
+    torch.testing.assert_close(callback.dense[0], want)
+    assert int((network.weight != 0).sum()) == 16
 
 
 def test_torch_pruning_removes_whole_heads_and_resumes(
