@@ -162,7 +162,16 @@ def _channels(layer: GroupedLayer) -> int:
             f"multiple_of cannot be kept for layer '{layer.name}' ({layer.grouping}), whose groups "
             "are of different widths; take a mapping of patterns that leaves it out"
         )
-    return int(fewest[0])
+    return max(1, int(fewest[0]) // _gates(layer))
+
+
+def _gates(layer: GroupedLayer) -> int:
+    """Count the rows that a recurrent layer of torch has for a unit; 1 for other layers."""
+    for member in layer.members:
+        if member.name.rpartition(".")[2].startswith("weight_hh"):
+            rows, columns = member.parameter.shape
+            return rows // columns if rows in (columns, 3 * columns) else 4  # fewer if it projects
+    return 1
 
 
 def _entries(

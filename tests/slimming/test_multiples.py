@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEFCallback, load_slim, save_slim, slim
+from lightning_wgsef import WGSEFCallback, group_parameters, load_slim, save_slim, slim
 from tests.helpers.groups import raises_naming
 from tests.helpers.networks.slim import IMAGE, Residual, check, drawn, pruned
 from tests.helpers.trainers import make_trainer
@@ -129,6 +129,37 @@ def test_bundles_heads_and_hidden_units():
     assert small.linear1.out_features == 16
     assert small.self_attn.num_heads == 4
     assert slim(network, example).self_attn.num_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "grouping"),
+    [
+        ("LSTM", {}, "structure"),
+        ("LSTM", {"proj_size": 6}, "hidden"),
+        ("GRU", {"bidirectional": True}, "hidden"),
+        ("RNN", {}, "structure"),
+    ],
+)
+def test_units_of_recurrent_layers(kind, options, grouping):
+    """A unit is one channel, whatever the number of its gates."""
+
+    class Reader(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = getattr(nn, kind)(4, 20, batch_first=True, **options)
+            width = options.get("proj_size", 20 * (1 + bool(options.get("bidirectional"))))
+            self.fc = nn.Linear(width, 3)
+
+        def forward(self, x):
+            return self.fc(self.inner(x)[0])
+
+    network, example = drawn(Reader().eval()), torch.randn(2, 5, 4)
+    options = {"multiple_of": 8, "example_input": example, "include": ["inner"]}
+    (layer,) = group_parameters(network, grouping, 0.5, **options).layers
+    assert (layer.multiple, layer.budget) == (8, 8)
+    pruned(network, grouping, *range(9), example=example)
+    assert slim(network, example, multiple_of=8).inner.hidden_size == 16
+    assert slim(network, example).inner.hidden_size == 11
 
 
 def test_residual_streams_and_outputs():
