@@ -18,9 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# From so many numbers in a step on compiling pays within a hundred steps: it takes ten seconds or
-# so and saves two to three nanoseconds for each of them (`make bench BENCH="-k two_of_four"`).
+# From so many numbers in a step on compiling pays within a hundred steps or two: it takes ten
+# seconds or so and saves three nanoseconds for each of them (`make bench BENCH="-k two_of_four"`).
 LEAST = 2**25
+
+# Numbers of one call of what was compiled: it keeps twice as many on the way, and a call costs
+# little beside so many.
+SLAB = 2**22
 
 # A call of what was compiled costs as much as this many numbers do operation by operation.
 _CALL = 2**15
@@ -48,52 +52,62 @@ class Fused:
 
     def __init__(self, function: Function, name: str) -> None:
         self.function, self.name = function, name
-        self._compiled: Callable[..., Tensor] | None = None
+        self._compiled: Callable[..., Any] | None = None
         self._kinds: set[str] = set()
         self._fails = False
 
     def __call__(self, matrix: Tensor, *others: Any, work: int) -> Tensor:
         """Apply the function; ``work`` is how many numbers all its calls of a step have."""
-        if work >= LEAST and matrix.numel() >= _CALL and not self._fails and _can_compile():
-            result = self._by_kernel(matrix, others)
-            if result is not None:
-                return result
+        matrix = matrix.contiguous()
+        if matrix.storage_offset() % 2:  # pairs of numbers are read at once
+            matrix = matrix.clone()
         result = torch.empty_like(matrix)
-        on_cpu = matrix.device.type == "cpu"
-        size = max(1, CACHED // matrix.shape[1]) if on_cpu else len(matrix)
+        compiles = work >= LEAST and not self._fails and _can_compile()
+        numbers = SLAB if compiles else CACHED if matrix.device.type == "cpu" else matrix.numel()
+        size = max(1, numbers // max(1, matrix.shape[1]))
         for block, out in zip(torch.split(matrix, size), torch.split(result, size), strict=True):
-            columns = [column.contiguous() for column in block.unbind(1)]
-            for place, column in zip(out.unbind(1), self.function(columns, *others), strict=True):
-                place.copy_(column)
+            small = block.numel() < _CALL
+            if not compiles or small or not self._by_kernel(block, out, others):
+                columns = [column.contiguous() for column in block.unbind(1)]
+                found = self.function(columns, *others)
+                for place, column in zip(out.unbind(1), found, strict=True):
+                    place.copy_(column)
         return result
 
-    def _whole(self, matrix: Tensor, *others: Any) -> Tensor:
-        """What is compiled."""
-        count = matrix.shape[1]
-        if matrix.device.type == "cpu" and matrix.dtype.itemsize == 4 and not count & (count - 1):
+    def _whole(
+        self, given: Tensor, out: Tensor, count: int, dtype: torch.dtype, *others: Any
+    ) -> Tensor:
+        """What is compiled: reads rows of ``count`` numbers, writes as many; both may be pairs."""
+        if given.dtype == dtype:
+            parts = self.function(given.unbind(1), *others)
+            return out.copy_(torch.stack([part.to(dtype) for part in parts], 1))
+        columns = [part.view(dtype) for part in _halved(given, count)]
+        parts = [bits(part.to(dtype)) for part in self.function(columns, *others)]
+        return out.copy_(_paired(parts))
+
+    def _by_kernel(self, matrix: Tensor, out: Tensor, others: Sequence[Any]) -> bool:
+        """Apply what was compiled; return: did it? Else nothing can be compiled here."""
+        if self._fails:
+            return False
+        kind = str([(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in others])
+        count, dtype = matrix.shape[1], matrix.dtype
+        if matrix.device.type == "cpu" and dtype.itemsize == 4 and not count & (count - 1):
             # Columns as halves of integers of 64 bits, and halves of these, are instructions on
             # many numbers at a time; every fourth number, say, is read one after the other.
-            columns = [x.view(matrix.dtype) for x in _halved(bits(matrix.reshape(-1)), count)]
-            parts = [part.to(matrix.dtype) for part in self.function(columns, *others)]
-            return _paired([bits(part) for part in parts]).view(matrix.dtype).view(matrix.shape)
-        parts = [part.to(matrix.dtype) for part in self.function(matrix.unbind(1), *others)]
-        return torch.stack(parts, 1)
-
-    def _by_kernel(self, matrix: Tensor, others: Sequence[Any]) -> Tensor | None:
-        """Apply what was compiled; None: nothing can be compiled here."""
-        kind = str([(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in others])
+            matrix, out = matrix.view(-1).view(torch.int64), out.view(-1).view(torch.int64)
         started = time.perf_counter()
         try:
             if kind in self._kinds and self._compiled is not None:
-                return self._compiled(matrix, *others)
+                self._compiled(matrix, out, count, dtype, *others)
+                return True
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of torch about itself, which may be errors here
                 self._compiled = torch.compile(self._whole, dynamic=True, fullgraph=True)
-                result = self._compiled(matrix, *others)
+                self._compiled(matrix, out, count, dtype, *others)
         except Exception as error:  # no compiler, no room for its files: there are many reasons
             self._fails = True
             _log.info("the step of %s is not compiled: %s", self.name, error)
-            return None
+            return False
         self._kinds.add(kind)
         seconds = time.perf_counter() - started
         _log.warning(
@@ -101,7 +115,7 @@ class Fused:
             self.name,
             seconds,
         )
-        return result
+        return True
 
 
 def _can_compile() -> bool:
@@ -114,17 +128,20 @@ def bits(values: Tensor) -> Tensor:
     return values.view(torch.int64 if values.dtype == torch.float64 else torch.int32)
 
 
-def _halved(numbers: Tensor, count: int) -> list[Tensor]:
-    if count == 1:
-        return [numbers]
-    pairs = numbers.view(torch.int64)
+def _halved(pairs: Tensor, count: int) -> list[Tensor]:
+    """Cut rows of ``count`` numbers, two in an integer of 64 bits, into columns."""
     low, high = pairs.to(torch.int32), (pairs >> 32).to(torch.int32)
-    return _halved(low, count // 2) + _halved(high, count // 2)
+    if count == 2:
+        return [low, high]
+    return [x for half in (low, high) for x in _halved(half.view(torch.int64), count // 2)]
 
 
-def _paired(parts: Sequence[Tensor]) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    half = len(parts) // 2
-    low, high = _paired(parts[:half]).long(), _paired(parts[half:]).long()
-    return ((low & 0xFFFFFFFF) | (high << 32)).view(torch.int32)
+def _paired(columns: Sequence[Tensor]) -> Tensor:
+    """Join what `_halved` cut."""
+    half = len(columns) // 2
+    low, high = (
+        columns
+        if half == 1
+        else (_paired(x).view(torch.int32) for x in (columns[:half], columns[half:]))
+    )
+    return (low.long() & 0xFFFFFFFF) | (high.long() << 32)
