@@ -49,7 +49,11 @@ class Scope:
                     groups.limits.ranks(strongest) < groups.limits.least[groups.limits.owner]
                 )
                 self.fitting = groups.size.fitting(strongest, groups.limits, budgets[0])
-                left = (costs * (self.fitting & ~self.kept)).sum().view(1)
+                # Weaker ones may fit behind one that is too dear; it is a loser all the same, and
+                # shrinks beside those before it.
+                loser = strongest.masked_fill(self.fitting, 0).max()
+                before = self.fitting & ~self.kept & (strongest >= loser)
+                left = (costs * before).sum().view(1)
             # At least as much as nothing: budgets are positive numbers.
             self.budgets = left.clamp(min=1e-9)
             self.norms = norms.masked_fill(self.kept, 0)

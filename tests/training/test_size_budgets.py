@@ -5,7 +5,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEF, CubicRamp, Homotopy, WGSEFCallback, slim
+from lightning_wgsef import WGSEF, CubicRamp, Homotopy, WGSEFCallback, group_parameters, slim
 from lightning_wgsef.network.flops import layer_flops
 from tests.helpers.networks.scope import IMAGES, Pictures, loader
 from tests.helpers.networks.slim import Residual
@@ -109,6 +109,28 @@ def test_the_budget_falls_in_size():
         limit = dense * (0.4 + 0.6 * max(0.0, 1 - number / 10) ** 3)
         assert limit - dearest < left <= limit * (1 + 1e-9)
     assert regularizer.frozen
+
+
+def test_what_is_too_dear_shrinks_beside_what_is_stronger():
+    """Not beside the weakest that fits into the room that it leaves, which it never would."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(60, 6), nn.ReLU(), nn.Linear(6, 20), nn.Linear(20, 1))
+    k = "700 FLOPs"  # of n and m units: 2 (60 n + n m + m)
+    more = {"scope": "global", "example_input": torch.ones(1, 60), "grouping": "structure"}
+    groups = group_parameters(network, k=k, **more)
+    strengths = torch.tensor([10.0] * 5 + [1.0] + [1e-3] * 20)
+    norms = groups.norms()
+    weights = (strengths / norms).square() * groups.costs
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0)
+    lam = Homotopy(start=0.3, length=4)
+    WGSEF(network, CubicRamp(k, length=1), lam, weights=weights, **more).attach(optimizer)
+    for parameter in network.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    after = groups.norms()
+    assert (after[:6] > 0).tolist() == [True] * 5 + [False]
+    assert int((after[6:] > 0).sum()) == 8
+    torch.testing.assert_close(after[after > 0], norms[after > 0])
 
 
 def test_the_callback_says_it_back(capsys):
