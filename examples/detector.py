@@ -27,7 +27,6 @@ from examples.benchmark.records import Records, origin
 from examples.data.batches import Batches
 from examples.data.scenes import FashionScenes, overlaps
 from examples.models.yolo import YOLO, places
-from examples.sizes import budget_for_operations
 from examples.training import Batch, quiet_trainer
 from lightning_wgsef import WGSEFCallback, export_onnx, measure_latency, slim
 from lightning_wgsef.network.flops import layer_flops
@@ -269,9 +268,9 @@ def main() -> None:
     dense = copy.deepcopy(model.network)
     show("dense", dense)
 
-    groups = {"grouping": "structure", "exclude": None}
-    k = budget_for_operations(model.network, options.operations, example, **groups)
-    pruning = WGSEFCallback(k=k, **groups, example_input=example)
+    # Of one image; every layer keeps the same share of its channels, whatever that is.
+    size = options.operations * layer_flops(dense, example)[1] / len(example)
+    pruning = WGSEFCallback(f"{size:.0f} FLOPs", grouping="structure", example_input=example)
     quiet_trainer(options.epochs[1], [pruning]).fit(model, data)
     show("pruned", model.network)
     small = slim(model.network, example)

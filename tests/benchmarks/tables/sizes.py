@@ -247,13 +247,13 @@ def measure_speed(multiple_of: int) -> list[dict[str, Any]]:
 
 def jobs() -> Iterator[tuple[tuple[str, str, int], Callable[[], list[dict[str, Any]]]]]:
     """What there is to measure."""
+    for name in NETWORKS:
+        for key in ((name, what, number) for what in MEASURES for number in MULTIPLES):
+            yield key, partial(measure, *key)
     for multiple_of in MULTIPLES:
         yield (WIDE, "speed", multiple_of), partial(measure_speed, multiple_of)
         for name in LATENCIES:
             yield (name, "latency", multiple_of), partial(measure_latency, name, multiple_of)
-    for name in NETWORKS:
-        for key in ((name, what, number) for what in MEASURES for number in MULTIPLES):
-            yield key, partial(measure, *key)
 
 
 def shown(cell: dict[str, Any] | None) -> str:
