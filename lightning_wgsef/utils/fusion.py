@@ -95,26 +95,28 @@ class Fused:
             # Columns as halves of integers of 64 bits, and halves of these, are instructions on
             # many numbers at a time; every fourth number, say, is read one after the other.
             matrix, out = matrix.view(-1).view(torch.int64), out.view(-1).view(torch.int64)
+        known = kind in self._kinds
         started = time.perf_counter()
         try:
-            if kind in self._kinds and self._compiled is not None:
-                self._compiled(matrix, out, count, dtype, *others)
-                return True
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of torch about itself, which may be errors here
-                self._compiled = torch.compile(self._whole, dynamic=True, fullgraph=True)
+            # A kernel for every kind of arguments and number of threads: a homotopy alone has four.
+            with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
+                if not known:
+                    warnings.simplefilter("ignore")  # of torch about itself: here some are errors
+                if self._compiled is None:
+                    self._compiled = torch.compile(self._whole, dynamic=True, fullgraph=True)
                 self._compiled(matrix, out, count, dtype, *others)
         except Exception as error:  # no compiler, no room for its files: there are many reasons
             self._fails = True
             _log.info("the step of %s is not compiled: %s", self.name, error)
             return False
-        self._kinds.add(kind)
-        seconds = time.perf_counter() - started
-        _log.warning(
-            "the step of %s was compiled in %.0f s; torch keeps it for later runs",
-            self.name,
-            seconds,
-        )
+        if not known:
+            self._kinds.add(kind)
+            seconds = time.perf_counter() - started
+            _log.warning(
+                "the step of %s was compiled in %.0f s; torch keeps it for later runs",
+                self.name,
+                seconds,
+            )
         return True
 
 

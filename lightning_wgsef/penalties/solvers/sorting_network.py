@@ -32,7 +32,7 @@ from lightning_wgsef.utils.fusion import Fused, bits
 LONGEST = 16
 
 # From so many segments on this pays.
-MANY = 2**12
+MANY = 2**6
 
 # Above this ratio of t to d float32 would lose more than that.
 _STEEP = 4.0
