@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from examples.benchmark.report import grid_report, report, runs_of
+from examples.benchmark.report import _side_lines, grid_report, report, runs_of
 from examples.benchmark.suite import Run, Suite, Task
 
 TASK = Task(name="small", network="lenet5", data="digits", k=0.25, epochs=4)
@@ -113,3 +113,10 @@ def test_seeds_that_are_missing_are_said() -> None:
     assert "| dense | learning rate 0.5 | 80.00 | - |" in text
     assert "Not of all seeds yet: dense 1 of 2." in text
     assert "Not run: gradual magnitude." in text
+
+
+def test_of_patterns_the_late_changes_of_sides_are_shown() -> None:
+    runs = [{"moved": [0.3, 0.2, 0.1, 0.0]}, {"moved": [0.5, 0.4, 0.3, 0.0]}]
+    lines = _side_lines(["dense", "SR-STE"], {"dense": [{}], "SR-STE": runs})
+    assert lines[-1] == "| SR-STE | 30.0% | 20.0% |"  # at the end of epochs 2 and 3 of 4
+    assert _side_lines(["dense"], {"dense": [{}]}) == []
