@@ -102,6 +102,7 @@ def quantisation_aware(
 def fit(network: nn.Module, data: InMemory, lr: float, epochs: int, limit: int | float) -> None:
     """Train on, with momentum and weight decay, at a rate that falls along a cosine."""
     pl.seed_everything(0, verbose=False)
+    network.train()  # Lightning leaves networks in the mode that they are in
     quiet_trainer(epochs, [], limit).fit(Falling(network, lr, "sgd", weight_decay=5e-4), data)
 
 

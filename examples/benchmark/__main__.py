@@ -27,7 +27,11 @@ from examples.benchmark.suite import Suite, known_suites, read_suite
 
 RESULTS = Path(__file__).parent.parent / "results"
 # With tables that `documents` fills.
-DOCUMENTS = (RESULTS.parent.parent / "README.md", RESULTS / "README.md")
+DOCUMENTS = (
+    RESULTS.parent.parent / "README.md",
+    RESULTS / "README.md",
+    RESULTS.parent / "guides" / "quantise.md",
+)
 KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
 
 
