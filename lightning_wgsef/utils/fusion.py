@@ -91,7 +91,8 @@ class Fused:
             return False
         kind = str([(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in others])
         count, dtype = matrix.shape[1], matrix.dtype
-        if matrix.device.type == "cpu" and dtype.itemsize == 4 and not count & (count - 1):
+        power = count > 1 and not count & (count - 1)
+        if matrix.device.type == "cpu" and dtype.itemsize == 4 and power:
             # Columns as halves of integers of 64 bits, and halves of these, are instructions on
             # many numbers at a time; every fourth number, say, is read one after the other.
             matrix, out = matrix.view(-1).view(torch.int64), out.view(-1).view(torch.int64)

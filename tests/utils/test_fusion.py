@@ -50,11 +50,12 @@ def awkward_norms(count, dtype=torch.float32):
         (4, 2, 0.05, torch.float32),
         (4, 3.3, 0.9, torch.float32),  # between two budgets, and in float64
         (3, 1.5, 0.05, torch.float32),  # no power of two
+        (1, 0.5, 0.05, torch.float32),
         (8, 4, 0.05, torch.float64),
     ],
 )
 def test_a_kernel_gives_the_same_bits(kernels, backend, width, k, step, dtype):
-    norms = awkward_norms(width * 2**12, dtype)
+    norms = awkward_norms(max(width, 2) * 2**12, dtype)
     options = {"segments": width, "debias": 1.0, "anchored": True}
     want = prox_multipliers(norms, step, k, **options)
     fused = kernels(backend)
