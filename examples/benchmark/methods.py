@@ -155,7 +155,6 @@ def _ours() -> dict[str, Method]:
         ("taylor", _homotopy, "taylor"),
         ("fisher", _homotopy, "fisher"),
         ("taylor, from 15 %", _late, "taylor"),
-        ("fisher, from 15 %", _late, "fisher"),
     ):
         more = {"costs": "flops", "weights": weights}
         methods[f"homotopy, structure, flops, {name}"] = method(
