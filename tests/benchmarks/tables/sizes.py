@@ -211,7 +211,10 @@ def measure_latency(name: str, multiple_of: int) -> list[dict[str, Any]]:
     (example,) = with_batch_size(example, BATCH)
     network = drawn(make().eval())
     options = {"scope": "global", "costs": "latency", "multiple_of": multiple_of}
-    groups = group_parameters(network, grouping, 0.5, example_input=example, **options)
+    try:
+        groups = group_parameters(network, grouping, 0.5, example_input=example, **options)
+    except ValueError as error:
+        return [_cell(name, "latency", 0.5, multiple_of, refused=str(error))]
     alive = projected(groups)
     assert groups.size is not None
     foretold, total = float(groups.size.of(alive)), float(groups.size.total)
@@ -294,6 +297,10 @@ def document(found: list[dict[str, Any]]) -> str:
         "|---|--:|--:|--:|--:|--:|",
     ]
     for cell in (x for x in found if x["measure"] == "latency"):
+        if "refused" in cell:
+            least = shown(cell)
+            lines.append(f"| {cell['network']} | {cell['multiple_of']} | 50 % | {least} | - | - |")
+            continue
         lines.append(
             f"| {cell['network']} | {cell['multiple_of']} | 50 % | {cell['foretold']:.1%} | "
             f"{cell['left']:.1%} | {cell['ms']:.1f} |"
