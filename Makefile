@@ -14,6 +14,9 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
+# Types are checked beside the tests.
+MAKEFLAGS += --jobs=2
+
 .PHONY: help demo test lint check docs dist bench crash fuzz sweep browser bench-cpu gpu oto-environment clean
 
 help:  ## What can be made.

@@ -168,7 +168,12 @@ def sized(situation: Situation, run: Run) -> Situation:
         return with_k(task=replace(task, k=task.operations))
     if groups["grouping"] == task.structure and groups.get("scope") != "global":
         (row,) = network_report({"dense": situation.network}, situation.example).networks
-        return with_k(task=replace(task, k=f"{task.operations * row.flops:.0f} FLOPs"))
+        size = f"{task.operations * row.flops:.0f} FLOPs"
+        kept = group_parameters(situation.network, **{**groups, "k": size}).layers
+        # The first pattern that matches counts: "*blocks.0.conv" stands before "*conv".
+        ordered = sorted(kept, key=lambda layer: (-len(layer.name), layer.name))
+        numbers = {f"*{layer.name}": round(float(layer.budget)) for layer in ordered}
+        return with_k(task=replace(task, k=numbers))
 
     def k(groups: dict[str, Any]) -> int | dict[str, int]:
         arguments = {name: value for name, value in groups.items() if name != "k"}
@@ -179,8 +184,8 @@ def sized(situation: Situation, run: Run) -> Situation:
     try:
         found: Any = k(pruning.groups or tied)
     except ValueError:
-        kept = group_parameters(situation.network, **{**tied, "k": k(tied)})
-        found = float(kept.budgets.sum()) / len(kept)
+        alike = group_parameters(situation.network, **{**tied, "k": k(tied)})
+        found = float(alike.budgets.sum()) / len(alike)
     return with_k(task=replace(task, k=found))
 
 

@@ -41,7 +41,7 @@ def interpolated(
 
     >>> a = torch.tensor([4.0, 2.0, 1.0]).double()
     >>> values = torch.stack([torch.ones(3).double(), a], 1)
-    >>> interpolated(["fc"] * 2, [ONE, MADE], values, (3 + 2 * a)[:, None], 6 + 4 * a)
+    >>> interpolated(["fc"] * 2, [ONE, MADE], values, (3 + 2 * a)[:, None], 6 + 4 * a).round()
     tensor([6., 4.], dtype=torch.float64)
     """
     units = torch.zeros(len(names), dtype=torch.float64)

@@ -408,23 +408,30 @@ class _Trial:
 
     @torch.no_grad()
     def channels(self, graph: Graph, found: list[Removable]) -> str:
-        """Say how the outputs with half of the groups zero, and with their channels cut, differ."""
+        """Say how the outputs with half of the groups zero, and with their channels cut, differ.
+
+        Once with the first half, and once with every other group: where a forward splits channels
+        by their number, in blocks or in turn, parts that lost equally many would fit by chance.
+        """
+        if any(x.layer.count < 2 for x in found):
+            return "it has one group"
+        for step in (1, 2):
+            some = [torch.arange(x.layer.count)[::step][: x.layer.count // 2] for x in found]
+            failure = self._cut(graph, found, some)
+            if failure:
+                return failure
+        return ""
+
+    def _cut(self, graph: Graph, found: list[Removable], dead: list[Tensor]) -> str:
         changed = {member.name for x in found for member in x.layer.members}
         zeroed = _copy(self.network, changed)
-        removals: list[tuple[CoupledChannels, Collection[int]]] = []
-        for x in found:
-            if x.layer.count < 2:
-                return "it has one group"
-            removals.append((x.tied, x.bundles(self._half(x.layer))))
+        removals = [(x.tied, x.bundles(own)) for x, own in zip(found, dead, strict=True)]
         possible = list(possible_removals(graph, removals))
         for x, (_, bundles) in zip(found, possible, strict=True):
             _zero(zeroed, x.layer, torch.tensor(sorted({x.groups[bundle] for bundle in bundles})))
         failure = self._difference(zeroed, channel_removal(graph, possible))
         causes = [cause_of_leak(graph, x) for x in found] if failure == _CHANGED else []
         return next(filter(None, causes[:1]), failure)
-
-    def _half(self, layer: GroupedLayer) -> Tensor:
-        return torch.randperm(layer.count, generator=self.generator)[: layer.count // 2]
 
     def _difference(self, zeroed: nn.Module, plan: RemovalPlan) -> str:
         small = _copy(zeroed, [*plan.kept, *plan.parts])

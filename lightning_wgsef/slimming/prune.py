@@ -48,7 +48,8 @@ def prune(
             are named; ``example_input`` is the first of the inputs.
 
     Returns:
-        The network; its ``slimming`` says what was done.
+        The network, in training or evaluation mode as ``model`` is: Lightning trains it in the mode
+        that it finds, so call its ``train()`` first. Its ``slimming`` says what was done.
 
     Raises:
         ValueError: batches that are no pairs or do not fit, a loss that is none, or what

@@ -69,6 +69,7 @@ def test_fine_tune(
     }
 
 
+@pytest.mark.sweep
 def test_lenet_on_fashion_mnist(
     fashion_mnist: Path,
     tmp_path: Path,

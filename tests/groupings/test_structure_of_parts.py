@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -93,6 +93,43 @@ def test_a_part_that_is_not_used_and_one_without_a_gradient() -> None:
     assert found.groups.layers[0].count == 4
     assert found.small.a.out_channels == 6
     assert found.small.c.in_channels == 6
+
+
+class ByNumber(nn.Module):
+    """Parts as wide as the number of channels says, each with a reader of its own."""
+
+    def __init__(self, parts: Callable[[Tensor], Sequence[Tensor]], width: int) -> None:
+        super().__init__()
+        self.parts = parts
+        self.a, self.b, self.c = (
+            nn.Conv2d(3, width, 1),
+            *(nn.Conv2d(width // 2, 4, 1) for _ in range(2)),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = self.parts(torch.relu(self.a(images)))
+        outputs: Tensor = self.b(first) + self.c(second)
+        return outputs
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        lambda x: x.tensor_split(2, 1),
+        lambda x: torch.hsplit(x, 2),
+        lambda x: (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]),
+        lambda x: (x[:, ::2], x[:, 1::2]),
+    ],
+)
+@pytest.mark.parametrize("width", [8, 12, 16])
+def test_parts_by_number_promise_nothing(
+    parts: Callable[[Tensor], Sequence[Tensor]], width: int
+) -> None:
+    network = ByNumber(parts, width)
+    groups = group_parameters(network, "filter", 0.5, example_input=IMAGES)
+    assert [x.removable for x in groups.layers if x.name == "a"] == [False]
+    with pytest.raises(ValueError, match="structure"):
+        group_parameters(network, "structure", 0.5, example_input=IMAGES)
 
 
 class Summed(nn.Module):

@@ -40,7 +40,7 @@ def trained(callback: pl.Callback, grouping: str) -> tuple[float, list[int], lis
 
 
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
-@pytest.mark.parametrize("grouping", ["filter", "channel"])
+@pytest.mark.parametrize("grouping", [pytest.param("filter", marks=pytest.mark.sweep), "channel"])
 def test_defaults_beside_gradual_magnitude(grouping: str) -> None:
     ours, left, budgets = trained(WGSEFCallback(k=0.25, grouping=grouping), grouping)
     rival, rival_left, _ = trained(GradualMagnitude(k=0.25, grouping=grouping), grouping)
