@@ -42,13 +42,15 @@ KINDS = (
     "small from scratch",
     "one-shot magnitude",
     "gradual magnitude",
-    "HSPG",
     "AdaHSPG+",
-    "PAT, minimum sparsity",
     "PAT, global",
-    "PAT, group lasso",
     "Torch-Pruning",
     "homotopy, structure, layer",
+)
+RELATED = (
+    "HSPG",
+    "PAT, minimum sparsity",
+    "PAT, group lasso",
     "paper, half-space, channel, layer",
     "unbiased, structure, global",
 )
@@ -69,7 +71,9 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     return protocol.execute(run, folder, folder / "work", "cpu")
 
 
-@pytest.mark.parametrize("method", KINDS)
+@pytest.mark.parametrize(
+    "method", [*KINDS, *(pytest.param(x, marks=pytest.mark.sweep) for x in RELATED)]
+)
 def test_every_method_keeps_the_protocol_and_resumes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:

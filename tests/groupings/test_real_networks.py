@@ -394,7 +394,10 @@ def test_zero_groups_can_be_taken_out(network, grouping):
         assert ("the network does not run without them" in cause) if shared else cause == "", name
 
 
-@pytest.mark.parametrize("network", FILTERS)
+@pytest.mark.parametrize(
+    "network",
+    [pytest.param(x, marks=[pytest.mark.sweep] * (x == "MobileNetV2")) for x in FILTERS],
+)
 def test_which_filters_can_be_taken_out_alone(network):
     model, groups, example = found(network, "filter")
     causes = zero_invariance(model, groups, example)
