@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef import WGSEF, group_parameters, slim
+from lightning_wgsef.groupings.patterns import by_pattern
 from lightning_wgsef.network.flops import layer_flops
 
 
@@ -56,10 +57,7 @@ def budget_for_operations(
         kept = dict.fromkeys(counts, 1)
         for _, name in order[:more]:
             kept[name] += 1
-        # The first pattern that matches counts: "*blocks.0.conv" stands before "*conv".
-        return {
-            f"*{name}": kept[name] for name in sorted(kept, key=lambda name: (-len(name), name))
-        }
+        return by_pattern(kept)
 
     @cache
     def left(more: int) -> float:

@@ -146,7 +146,9 @@ def _accuracy_row(method: str, runs: list[Record], reference: dict[int, Record])
     freeze = f"{mean_of(runs, 'before_freeze'):.1f} → {mean_of(runs, 'after_freeze'):.1f}"
     alive = [sum(count for count, _ in run["alive"][-1].values()) for run in runs]
     mean = round(statistics.mean(alive), 1)
-    budget = "-" if method == "dense" else f"{mean:g} of {runs[0]['budget']:g}"
+    of_groups = runs[0]["budget"] <= sum(count for _, count in runs[0]["alive"][-1].values())
+    budget = f"{mean:g} of {runs[0]['budget']:g}" if of_groups else f"{mean:g}"  # else operations
+    budget = "-" if method == "dense" else budget
     accuracy = spread([run["test_accuracy"] for run in runs])
     bold = f"**{method}**" if METHODS[method].ours else method
     return [bold, value, accuracy, paired, freeze, budget]

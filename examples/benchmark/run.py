@@ -38,6 +38,7 @@ from examples.data.modules import InMemory
 from examples.sizes import budget_for_operations
 from examples.training import Classifier
 from lightning_wgsef import Groups, group_parameters, network_report, slim
+from lightning_wgsef.groupings.patterns import by_pattern
 from lightning_wgsef.utils.files import atomic_write
 
 PLAIN_STEPS = 30
@@ -170,9 +171,7 @@ def sized(situation: Situation, run: Run) -> Situation:
         (row,) = network_report({"dense": situation.network}, situation.example).networks
         size = f"{task.operations * row.flops:.0f} FLOPs"
         kept = group_parameters(situation.network, **{**groups, "k": size}).layers
-        # The first pattern that matches counts: "*blocks.0.conv" stands before "*conv".
-        ordered = sorted(kept, key=lambda layer: (-len(layer.name), layer.name))
-        numbers = {f"*{layer.name}": round(float(layer.budget)) for layer in ordered}
+        numbers = by_pattern({layer.name: round(layer.budget) for layer in kept})
         return with_k(task=replace(task, k=numbers))
 
     def k(groups: dict[str, Any]) -> int | dict[str, int]:

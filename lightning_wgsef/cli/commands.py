@@ -38,7 +38,7 @@ from lightning_wgsef.reports.sparsity import sparsity_report
 from lightning_wgsef.slimming import slim as slimming
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
 from lightning_wgsef.training.saved_grouping import said_of, saved_grouping
-from lightning_wgsef.utils.files import atomic_write
+from lightning_wgsef.utils.files import atomic_write, write_json
 
 _NAME = "lightning-wgsef"
 
@@ -125,8 +125,7 @@ def report(
     # A checkpoint does not say which budgets its network was trained to.
     found = replace(found, layers=tuple(replace(x, budget=None) for x in found.layers))
     if json is not None:
-        with atomic_write(json) as temporary:
-            temporary.write_text(dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(found.as_dict(), json)
     return "\n".join([*lines, str(found)])
 
 

@@ -1,4 +1,4 @@
-r"""Table of latencies: what the modules of a network take at some widths, interpolated.
+r"""Table of latencies: what the modules of a network take by their widths, fitted to some.
 
 A layer that reads a numbers, makes b and needs p operations for it takes
 
@@ -24,7 +24,7 @@ _LEAST = 1e-6
 ONE, READ, MADE, OPERATIONS = range(4)
 
 
-def interpolated(
+def fitted(
     names: Sequence[str], kinds: Sequence[int], values: Tensor, seconds: Tensor, whole: Tensor
 ) -> Tensor:
     """Return what one unit of every part takes, in seconds, shape (parts,).
@@ -41,7 +41,7 @@ def interpolated(
 
     >>> a = torch.tensor([4.0, 2.0, 1.0]).double()
     >>> values = torch.stack([torch.ones(3).double(), a], 1)
-    >>> interpolated(["fc"] * 2, [ONE, MADE], values, (3 + 2 * a)[:, None], 6 + 4 * a).round()
+    >>> fitted(["fc"] * 2, [ONE, MADE], values, (3 + 2 * a)[:, None], 6 + 4 * a).round()
     tensor([6., 4.], dtype=torch.float64)
     """
     units = torch.zeros(len(names), dtype=torch.float64)

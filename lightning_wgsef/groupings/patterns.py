@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 
@@ -37,3 +37,14 @@ def matches(pattern: str, name: str) -> bool:
     (True, True)
     """
     return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+
+
+def by_pattern(values: Mapping[str, int]) -> dict[str, int]:
+    """Return values of layers by patterns that match them in whatever module they are.
+
+    The first pattern that matches counts: the longest name stands first.
+
+    >>> by_pattern({"conv": 3, "blocks.0.conv": 2})
+    {'*blocks.0.conv': 2, '*conv': 3}
+    """
+    return {f"*{name}": values[name] for name in sorted(values, key=lambda x: (-len(x), x))}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef.groupings.latency_table import MADE, ONE, OPERATIONS, READ, interpolated
+from lightning_wgsef.groupings.latency_table import MADE, ONE, OPERATIONS, READ, fitted
 from lightning_wgsef.groupings.removability import Removable, as_channels, as_read_channels
 from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, on_model
@@ -51,7 +51,7 @@ def slim_size(
     alive, and their products are the size. In the end half of all groups is taken out at once, and
     what comes out must be what the products say.
 
-    Latency is what modules take at a number of widths, interpolated (see `interpolated`), with the
+    Latency is fitted to what modules take at a number of widths (see `fitted`), with the
     example as it is, batch and all, on the model's device. Where torch.distributed runs, the first
     process measures for all, and every process has to ask.
 
@@ -120,7 +120,7 @@ class _Part(NamedTuple):
         value: what it costs for these sizes.
         operation: to count it with other sizes; None: the product of the sizes, times the unit.
         unit: bytes a number, a share, or 1.
-        kind: of what takes time, as `interpolated` has it.
+        kind: of what takes time, as `fitted` has it.
     """
 
     name: str
@@ -284,7 +284,7 @@ class _Shapes:
             seconds.append([parts[name] for name in dict.fromkeys(names)])
         dense, *narrow = (times.whole for times in passes)
         # Often of widths that kernels like, and then faster than what is a little narrower.
-        units = interpolated(
+        units = fitted(
             names,
             [part.kind for part in self.parts],
             torch.tensor(values[1:], dtype=torch.float64),

@@ -104,7 +104,7 @@ def measure_importance(
     with evaluation(network), torch.enable_grad():
         for number, (inputs, targets) in enumerate(pairs):
             network.zero_grad()
-            loss_of(network, inputs, targets, loss).backward()  # type: ignore[no-untyped-call]
+            loss_of(network, inputs, targets, loss).backward()  # type: ignore[no-untyped-call]  # torch gives none
             importance.measure(number, None)
     network.zero_grad()
 

@@ -38,11 +38,11 @@ class Scope:
         if groups.is_global:
             strongest = norms if groups.weights is None else norms * groups.weights.sqrt()
             strongest = strongest if groups.costs is None else strongest / groups.costs.sqrt()
-            firsts = [part.argmax() for part in torch.split_with_sizes(strongest, groups.counts)]
-            places = torch.stack(firsts) + groups.layout.starts
-            self.kept = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, places, True)
             costs = torch.ones_like(norms) if groups.costs is None else groups.costs
             if groups.size is None:
+                parts = torch.split_with_sizes(strongest, groups.counts)
+                places = torch.stack([part.argmax() for part in parts]) + groups.layout.starts
+                self.kept = torch.zeros_like(norms, dtype=torch.bool).index_fill_(0, places, True)
                 left = budgets - (costs.double() * self.kept).sum()
             else:
                 self.kept = (

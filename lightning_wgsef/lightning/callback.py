@@ -61,7 +61,6 @@ def write_slim(
         model: any module, with its zeros; it is not changed.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
         path: the file of `save_slim`; the report goes beside it, as JSON of the same name.
-
         multiple_of: see `slim`.
 
     Returns:

@@ -345,7 +345,7 @@ def pass_times(networks: Sequence[nn.Module], example_input: Any) -> list[PassTi
     def mark(name: str | None, *_: object) -> None:
         now: Any = perf_counter()
         if gpu:
-            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            now = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch gives none
             now.record()
         marks.append((name, now))
 

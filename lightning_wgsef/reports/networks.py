@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +14,7 @@ from torch import nn
 from lightning_wgsef.network.example_input import with_batch_size
 from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.latency import BatchLatency, LatencyReport, measure_latency
-from lightning_wgsef.utils.files import atomic_write
+from lightning_wgsef.utils.files import write_json
 from lightning_wgsef.utils.tables import format_table
 
 
@@ -59,8 +58,7 @@ class NetworkReport:
         Raises:
             ValueError: a path that cannot be written.
         """
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(self.as_dict(), path)
 
     def __str__(self) -> str:
         sizes = [batch.batch_size for batch in self.networks[0].latency.batches]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm  # type: ignore[import-untyped]
+from tqdm import tqdm  # type: ignore[import-untyped]  # it has no types
 
 from lightning_wgsef.groupings.budget import DEFAULT_K, alike_budgets
 from lightning_wgsef.groupings.group_parameters import group_parameters
+from lightning_wgsef.groupings.patterns import by_pattern
 from lightning_wgsef.groupings.weights import MEASURED
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.importance import measure_importance
@@ -23,7 +23,7 @@ from lightning_wgsef.groups.norm_statistics import estimate_statistics
 from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.network.example_input import batch_size, evaluation, model_copy
 from lightning_wgsef.network.labelled_batches import Loss, checked_pairs, loss_of
-from lightning_wgsef.utils.files import atomic_write
+from lightning_wgsef.utils.files import write_json
 from lightning_wgsef.utils.tables import format_table
 
 Pairs = Sequence[tuple[Any, Any]]
@@ -84,12 +84,8 @@ class SensitivityReport:
 
     @property
     def k(self) -> dict[str, int]:
-        """The proposed budgets, for `WGSEFCallback` or `prune`: numbers by patterns of names.
-
-        The longest name stands first, so that "*block.conv" counts before "*conv".
-        """
-        ordered = sorted(self.layers, key=lambda layer: (-len(layer.name), layer.name))
-        return {f"*{layer.name}": layer.proposed for layer in ordered}
+        """The proposed budgets, for `WGSEFCallback` or `prune`: numbers by patterns of names."""
+        return by_pattern({layer.name: layer.proposed for layer in self.layers})
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, ready for JSON."""
@@ -101,8 +97,7 @@ class SensitivityReport:
         Raises:
             ValueError: a path that cannot be written.
         """
-        with atomic_write(path) as temporary:
-            temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n", encoding="utf-8")
+        write_json(self.as_dict(), path)
 
     def __str__(self) -> str:
         header = ["layer", "groups", *(f"loss, {level:.0%} stay" for level in self.levels), "k"]

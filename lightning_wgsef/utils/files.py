@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from collections.abc import Iterator
@@ -38,6 +39,24 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(data: Any, path: str | os.PathLike[str]) -> None:
+    """Write plain data as JSON; the file gets its name only when it is whole.
+
+    Raises:
+        ValueError: no file can be written there.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_json({"k": 2}, f"{folder}/k.json")
+    ...     print(Path(folder, "k.json").read_text(), end="")
+    {
+      "k": 2
+    }
+    """
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def check_writable(

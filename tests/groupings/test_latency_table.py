@@ -13,7 +13,7 @@ from lightning_wgsef.groupings.latency_table import (
     ONE,
     OPERATIONS,
     READ,
-    interpolated,
+    fitted,
     nonnegative,
 )
 from lightning_wgsef.network import latency
@@ -171,12 +171,12 @@ def test_noise_is_averaged_and_nothing_is_negative():
     names, kinds = ["fc"] * 4, [ONE, READ, MADE, OPERATIONS]
     noise = 1 + 0.1 * torch.randn(12, generator=generator, dtype=torch.float64)
     times = (2 + 0.5 * width) * noise
-    units = interpolated(names, kinds, values, times[:, None], 2 * times)
+    units = fitted(names, kinds, values, times[:, None], 2 * times)
     assert bool((units >= 0).all())
     foretold = values @ units
     assert float((foretold / (4 + width) - 1).abs().max()) < 0.1
     falling = 50 - width
-    units = interpolated(names, kinds, values, falling[:, None], falling)
+    units = fitted(names, kinds, values, falling[:, None], falling)
     assert units[OPERATIONS] > 0
     assert bool((units >= 0).all())
     narrow, wide = (torch.tensor([1.0, x, 3 * x, 5 * x]).double() @ units for x in (1.0, 30.0))

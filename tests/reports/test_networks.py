@@ -132,7 +132,7 @@ def test_half_a_file_is_not_left(networks, tmp_path, monkeypatch):
     def fails(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(network_comparison.json, "dumps", fails)
+    monkeypatch.setattr(json, "dumps", fails)
     with pytest.raises(OSError, match="no space"):
         report.save_json(path)
     assert path.read_text() == "before"

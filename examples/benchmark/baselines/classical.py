@@ -43,7 +43,28 @@ def _first(groups: Groups) -> Tensor:
     return torch.cat(masks).to(groups.dtype)
 
 
-class GradualMagnitude(pl.Callback):
+class Masking(pl.Callback):
+    """What masks weights after every step, and goes on after a stop.
+
+    Attributes:
+        taken: number of steps.
+        mask: 1 for groups that stay, 0 for others; None before the first.
+    """
+
+    def __init__(self) -> None:
+        self.taken = 0
+        self.mask: Tensor | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many steps were taken, and the mask."""
+        return {"taken": self.taken, "mask": self.mask}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from there."""
+        self.taken, self.mask = state_dict["taken"], state_dict["mask"]
+
+
+class GradualMagnitude(Masking):
     """Gradual magnitude pruning (Zhu and Gupta, 2017, equation 1), on groups.
 
     After every step only the k(t) strongest groups of each layer stay, where the number that died,
@@ -56,18 +77,8 @@ class GradualMagnitude(pl.Callback):
     """
 
     def __init__(self, length: float = 0.5, **groups: Any) -> None:
-        self.length = length
-        self.arguments = groups
-        self.taken = 0
-        self.mask: Tensor | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken, and the mask."""
-        return {"taken": self.taken, "mask": self.mask}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.taken, self.mask = state_dict["taken"], state_dict["mask"]
+        super().__init__()
+        self.length, self.arguments = length, groups
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act after every step of the first optimizer."""

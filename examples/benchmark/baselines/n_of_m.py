@@ -8,12 +8,13 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from examples.benchmark.baselines.classical import Masking
 from examples.benchmark.callbacks import strongest, total_steps
 from lightning_wgsef import group_parameters
 from lightning_wgsef.training.schedules import in_steps
 
 
-class MagnitudeOnce(pl.Callback):
+class MagnitudeOnce(Masking):
     """Magnitude pruning to n:m in one cut, as torch.ao's `WeightNormSparsifier` does it.
 
     Args:
@@ -22,17 +23,8 @@ class MagnitudeOnce(pl.Callback):
     """
 
     def __init__(self, freeze: float, **groups: Any) -> None:
+        super().__init__()
         self.freeze, self.arguments = freeze, groups
-        self.taken = 0
-        self.mask: Tensor | None = None
-
-    def state_dict(self) -> dict[str, Any]:
-        """How many steps were taken, and the mask."""
-        return {"taken": self.taken, "mask": self.mask}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from there."""
-        self.taken, self.mask = state_dict["taken"], state_dict["mask"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Act after every step of the first optimizer."""
