@@ -175,6 +175,11 @@ def sensitivity(
             "scope is no argument of sensitivity, whose k is the size of all layers together and "
             f"which proposes one for each, got {options['scope']!r}"
         )
+    if isinstance(k, Mapping):
+        raise ValueError(
+            "k must be the size of all layers together, such as 0.5 or '4 MB': a number for every "
+            f"layer is what sensitivity proposes, got {k!r}"
+        )
     pairs = checked_pairs(model, batches, loss)
     network = model_copy(model)
     named = {

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 from lightning_wgsef.groupings.experts import expert_groups
 from lightning_wgsef.groupings.head import head_groups
 from lightning_wgsef.groupings.hidden import hidden_groups
-from lightning_wgsef.groupings.patterns import matches
+from lightning_wgsef.groupings.patterns import check_patterns, matches
 from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.groupings.width_limits import (
     Multiple,
@@ -49,7 +49,7 @@ from lightning_wgsef.network.example_input import (
 )
 from lightning_wgsef.network.experts import expert_modules
 from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
-from lightning_wgsef.network.layers import canonical_name, unwrap, weighted_layers
+from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwrap, weighted_layers
 from lightning_wgsef.network.residual import residual_blocks
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, check_optimizer
 from lightning_wgsef.network.variations import variations
@@ -169,6 +169,10 @@ def slim(
                 "prove that the outputs agree; take slim(model.float(), ..)"
             )
     network = model_copy(model)
+    if isinstance(multiple_of, Mapping):
+        held = modules_by_name(network).items()
+        names = [name for name, module in held if name and any(True for _ in module.parameters())]
+        check_patterns("multiple_of", list(multiple_of), names)
     modes = {canonical_name(name): module.training for name, module in network.named_modules()}
     _apply(network, masks)
     network.eval()

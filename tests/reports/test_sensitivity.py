@@ -152,7 +152,7 @@ def test_heads_units_and_a_loss_of_ones_own():
         ({"batches": [(IMAGES[:, :1], LABELS)]}, ["example_input must be what Residual takes"]),
         ({"k": 0.001}, ["k = 0.001", "must lie between", "one group of every layer"]),
         ({"k": "5 miles"}, ["k must be", "got '5 miles'", "units: FLOPs, params, B"]),
-        ({"k": {"stem": 2}}, ["k must be one number with scope='global'"]),
+        ({"k": {"stem": 2}}, ["k must be the size of all layers together", "{'stem': 2}"]),
         ({"levels": (0.5, 1.5)}, ["levels must be shares", "(0, 1)", "got (0.5, 1.5)"]),
         ({"levels": ()}, ["levels must be shares", "got ()"]),
         ({"levels": 3}, ["levels must be shares", "got 3"]),

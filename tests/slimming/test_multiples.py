@@ -170,7 +170,7 @@ def test_residual_streams_and_outputs():
     check(network, torch.rand(2, 3, 6, 6), small)
 
 
-@pytest.mark.parametrize("bad", [0, -8, 1.5, True, {}, {"0": 0}])
+@pytest.mark.parametrize("bad", [0, -8, 1.5, True, {}, {"0": 0}, {"none*": 8}])
 def test_what_is_no_multiple(bad):
     with raises_naming("multiple_of"):
         slim(convolutions(8, 8), IMAGE, multiple_of=bad)
