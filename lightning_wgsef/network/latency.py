@@ -5,11 +5,12 @@ from __future__ import annotations
 import itertools
 import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from numbers import Integral
+from operator import itemgetter
 from time import perf_counter
 from typing import Any
 
@@ -232,13 +233,26 @@ def _peak_memory(call: Callable[[], Any], device: torch.device) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else torch's profiler writes to stderr
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         call()
-    events: Any = profiler.profiler.kineto_results.events()
-    changes = [event for event in events if event.name() == "[memory]"]
+    records: Any = profiler.profiler.kineto_results
+    # Only what this run allocates counts: it may free what an earlier recorded one left behind.
+    changes = [x for x in _walked(records.experimental_event_tree()) if hasattr(x[1], "alloc_size")]
+    sizes: dict[int, int] = {}
     held = peak = 0
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
+    for _, change in sorted(changes, key=itemgetter(0)):
+        if change.alloc_size > 0:
+            sizes[change.ptr] = change.alloc_size
+            held += change.alloc_size
+        else:
+            held -= sizes.pop(change.ptr, 0)
         peak = max(peak, held)
     return int(peak)
+
+
+def _walked(events: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """Yield the start and the kind of fields of every event that torch's profiler recorded."""
+    for event in events:
+        yield event.start_time_ns, event.extra_fields
+        yield from _walked(event.children)
 
 
 @contextmanager

@@ -70,14 +70,14 @@ class Recurrent(nn.Module):
 def hugging(kind: str, task: str, **sizes: Any) -> nn.Module:
     """Make a network of Hugging Face."""
     config = getattr(transformers, f"{kind}Config")(**sizes)
-    network: nn.Module = getattr(transformers, f"{kind}For{task}")(config)
+    network: nn.Module = getattr(transformers, f"{kind}{task}")(config)
     return network
 
 
 def resnet(kind: str, depths: list[int], widths: list[int]) -> nn.Module:
     """Make a ResNet of blocks of this kind."""
     shape = {"layer_type": kind, "depths": depths, "hidden_sizes": widths}
-    return hugging("ResNet", "ImageClassification", **shape, embedding_size=32, num_labels=5)
+    return hugging("ResNet", "ForImageClassification", **shape, embedding_size=32, num_labels=5)
 
 
 def words() -> Tensor:
@@ -88,7 +88,7 @@ def words() -> Tensor:
 def mobile(version: str) -> nn.Module:
     """Make a MobileNet of half its width."""
     return hugging(
-        f"MobileNet{version}", "ImageClassification", depth_multiplier=0.5, num_labels=10
+        f"MobileNet{version}", "ForImageClassification", depth_multiplier=0.5, num_labels=10
     )
 
 
@@ -123,7 +123,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], Any, Any]] = {
         {"*attention*": "head", "*mlp*": "hidden"},
     ),
     "BERT": (
-        lambda: hugging("Bert", "SequenceClassification", **ENCODER, intermediate_size=256),
+        lambda: hugging("Bert", "ForSequenceClassification", **ENCODER, intermediate_size=256),
         words(),
         {"*attention*": "head", "*intermediate*": "hidden", "*": "hidden"},
     ),
@@ -228,7 +228,7 @@ def measure_latency(name: str, multiple_of: int) -> list[dict[str, Any]]:
 def measure_speed(multiple_of: int) -> list[dict[str, Any]]:
     """MobileNetV2 of half the operations: how much faster, on two threads, in turn with dense."""
     torch.manual_seed(0)
-    network = drawn(hugging("MobileNetV2", "ImageClassification", num_labels=10).eval())
+    network = drawn(hugging("MobileNetV2", "ForImageClassification", num_labels=10).eval())
     example = images(96)
     options = {"scope": "global", "costs": "flops", "multiple_of": multiple_of}
     groups = group_parameters(network, "structure", 0.5, example_input=example, **options)
