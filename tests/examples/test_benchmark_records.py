@@ -18,7 +18,14 @@ from examples.benchmark.suite import Run, Task, read_suite
 
 FILES = sorted(RESULTS.glob("*/records.jsonl"))
 KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
-COUNTS = {"allocation": 54, "budget": 43, "cpu": 636, "optimizers": 94, "sensitivity": 96}
+COUNTS = {
+    "allocation": 54,
+    "budget": 43,
+    "cpu": 636,
+    "optimizers": 94,
+    "resnet20": 7,
+    "sensitivity": 96,
+}
 
 
 def test_what_is_appended_is_read_by_whoever_looks(tmp_path: Path) -> None:
