@@ -200,10 +200,6 @@ def _column_squares(matrix: Tensor) -> Tensor:
     return sums.sum(0)
 
 
-# Numbers of one chunk: what is computed of it stays in the cache beside it.
-_NUMBERS = CACHED // 2
-
-
 @dataclass(frozen=True, eq=False)
 class Chunk:
     """Rows of a member's matrix; the whole parameter where it is no matrix.
@@ -225,18 +221,29 @@ class Chunk:
         """View the chunk's part of what `laid_along` gave, to broadcast with it."""
         return laid if self.rows is None or self.member.down_columns else laid[self.rows]
 
+    @property
+    def summed(self) -> tuple[int, ...]:
+        """The axes that a sum over slices runs over; what is left goes to `of_slices`."""
+        if self.rows is not None:
+            return (0,) if self.member.down_columns else (1,)
+        axes = range(len(self.member.extent))
+        return tuple(a for a in axes if a not in self.member.axes)
+
     def sum(self, values: Tensor) -> Tensor:
         """Sum values shaped like the chunk over every slice: one number a slice it touches."""
-        if self.rows is None:
-            summed = [a for a in range(values.dim()) if a not in self.member.axes]
-            return (values.sum(summed) if summed else values).flatten()
-        if self.member.down_columns:
-            return values.sum(0).view(self.member.slices, -1).sum(1)
-        return values.sum(1)
+        return self.of_slices(values.sum(self.summed) if self.summed else values)
+
+    def of_slices(self, sums: Tensor) -> Tensor:
+        """Make of sums over the axes `summed` one number for every slice that the chunk touches."""
+        if self.rows is None or not self.member.down_columns:
+            return sums.flatten()
+        return sums.view(self.member.slices, -1).sum(1)
 
 
-def chunks(member: Member) -> Iterator[Chunk]:
-    """Yield the chunks of ``member``, in order.
+def chunks(member: Member, numbers: int = CACHED // 2) -> Iterator[Chunk]:
+    """Yield the chunks of ``member``, in order, of at most ``numbers`` weights, or of one row.
+
+    So many as are taken by itself stay in the cache with what is computed of them.
 
     >>> weight = torch.nn.Parameter(torch.ones(1000, 1000))
     >>> [chunk.rows for chunk in chunks(Member("fc.weight", weight, axes=(0,)))][:2]
@@ -246,7 +253,7 @@ def chunks(member: Member) -> Iterator[Chunk]:
     if rows is None or member.parameter.device.type != "cpu":
         yield Chunk(member, None)
         return
-    size = max(1, _NUMBERS // max(rows.shape[1], 1))
+    size = max(1, numbers // max(rows.shape[1], 1))
     for start in range(0, len(rows), size):
         yield Chunk(member, slice(start, min(start + size, len(rows))))
 

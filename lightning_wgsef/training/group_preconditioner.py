@@ -1,11 +1,12 @@
 r"""Preconditioner D of an optimizer, summed over groups, and the proximal step in its metric.
 
-Everything walks over the weights in chunks that stay in the cache.
+Everything walks over the weights in chunks: where nothing is compiled, such that stay in the cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +15,13 @@ from torch.optim import Optimizer
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Chunk, chunks, joined, laid_along
 from lightning_wgsef.training.preconditioners import Preconditioner
+from lightning_wgsef.utils.fusion import CALL, SLAB, Kernel
 
 # The largest debias * t in units of D, which it must not reach.
 LARGEST = 1 - 1e-6
+
+# Compiled, a weight here saves so many times the time that one of n:m does.
+_OPERATIONS = 4
 
 
 class GroupPreconditioner:
@@ -35,9 +40,9 @@ class GroupPreconditioner:
             for param_group in optimizer.param_groups
             for parameter in param_group["params"]
         }
-        self._chunks = [list(chunks(member)) for member in groups.layout.members]
+        work = _OPERATIONS * sum(member.weights.numel() for member in groups.layout.members)
+        self._cut(all(kernel.pays(work) for kernel in (_SQUARES, _TANGENTS, _SCALING)))
         self._diagonals: list[Tensor] = []
-        self._scratch: dict[tuple[int, torch.Size], Tensor] = {}
 
     @torch.no_grad()
     def refresh(self) -> None:
@@ -66,73 +71,51 @@ class GroupPreconditioner:
 
     def norms(self) -> Tensor:
         r"""Return the norm of every group, :math:`(\sum D_i \theta_i^2)^{1/2}`, shape (m,)."""
-
-        def weighed(values: Tensor, metric: Tensor, _: tuple[Tensor, ...]) -> tuple[Tensor]:
-            buffer = self._buffer(0, metric)
-            return (torch.mul(values, values, out=buffer).mul_(metric),)
-
-        return self._sums(weighed)[0].sqrt_()
+        return self._sums(_SQUARES)[0].sqrt_()
 
     def means(self) -> Tensor:
         """Return the mean of D over every group, shape (m,)."""
-        (total,) = self._sums(lambda _, metric, __: (metric,))
+        (total,) = self._sums(_TOTALS)
         return total / self.groups.sizes.to(total)
 
     def sums(self, shares: Tensor, thresholds: Tensor, debias: float) -> tuple[Tensor, Tensor]:
         """Return what `metric_shares` asks for at these shares: two sums over every group, (m,)."""
-
-        def terms(
-            values: Tensor, metric: Tensor, per_slice: tuple[Tensor, ...]
-        ) -> tuple[Tensor, Tensor]:
-            share, threshold = per_slice
-            squares, denominators = self._buffer(0, metric), self._buffer(1, metric)
-            limited = _limited(threshold, metric, debias)
-            reduced = metric if debias == 0 else metric - debias * limited
-            torch.mul(reduced, share, out=denominators).add_(limited)
-            torch.mul(metric, values, out=squares).div_(denominators).square_()
-            if debias > 0:
-                squares.mul_(limited).div_(threshold)
-            return squares, torch.div(reduced, denominators, out=denominators).mul_(squares)
-
-        squares, slopes = self._sums(terms, shares, thresholds)
+        squares, slopes = self._sums(_TANGENTS, shares, thresholds, debias=debias)
         return squares.double(), slopes.double()
 
     def scale_(
         self, shares: Tensor, thresholds: Tensor, debias: float, allowed: Tensor | None
     ) -> None:
         r"""Apply the prox with these shares, in place: multiply by D u / ((D - γt) u + t)."""
-        for chunk, metric, (share, threshold) in self._walk(shares, thresholds):
-            factors, denominators = self._buffer(0, metric), self._buffer(1, metric)
-            limited = _limited(threshold, metric, debias)
-            torch.mul(metric, share, out=factors)
-            if debias == 0:
-                torch.add(factors, limited, out=denominators)
-            else:
-                # Like this, the factor of a share of 1 is exactly 1 where debias is.
-                torch.mul(limited, 1 - debias * share, out=denominators).add_(factors)
-            factors.div_(denominators)
-            if allowed is not None:
-                factors = torch.where(allowed, factors, 1)
+        for chunk, metric, per_slice in self._walk(shares, thresholds):
             values = chunk.of(chunk.member.weights)
-            values.mul_(factors.to(values.dtype))
+            self._apply(_SCALING, chunk, values, metric, *per_slice, debias, allowed)
 
-    def _buffer(self, slot: int, like: Tensor) -> Tensor:
-        """Return memory for what is computed of a chunk, the same for every chunk of a shape."""
-        key = slot, like.shape
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty_like(like, memory_format=torch.contiguous_format)
-        return self._scratch[key]
+    def _apply(self, kernel: Kernel, chunk: Chunk, *given: Any) -> Any:
+        """Apply a function to a chunk: compiled where that pays, else operation by operation."""
+        if self._compiles and chunk.rows is not None and given[0].numel() >= CALL:
+            kind = str([(x.dim(), x.dtype) if isinstance(x, Tensor) else x for x in given])
+            result = kernel(*given, kind=kind)
+            if result is not None:
+                return result
+            self._cut(compiles=False)
+        return kernel.function(*given)
 
-    def _sums(
-        self,
-        of: Callable[[Tensor, Tensor, tuple[Tensor, ...]], tuple[Tensor, ...]],
-        *per_group: Tensor,
-    ) -> list[Tensor]:
-        """Sum over every group the terms that ``of`` makes of values, D and per-group numbers."""
+    def _cut(self, compiles: bool) -> None:
+        """Cut members into chunks: large ones for kernels, else such as the cache holds."""
+        self._compiles = compiles
+        size = {"numbers": SLAB} if compiles else {}
+        self._chunks = [list(chunks(member, **size)) for member in self.groups.layout.members]
+
+    def _sums(self, kernel: Kernel, *per_group: Tensor, **settings: float) -> list[Tensor]:
+        """Sum over every group the terms that a function has for values, D, per-group numbers."""
         totals: dict[int, list[list[Tensor]]] = {}
         for chunk, metric, per_slice in self._walk(*per_group):
-            values = chunk.of(chunk.member.weights).to(metric.dtype)
-            parts = [chunk.sum(term) for term in of(values, metric, per_slice)]
+            values = chunk.of(chunk.member.weights)
+            sums = self._apply(
+                kernel, chunk, values, metric, chunk.summed, *per_slice, *settings.values()
+            )
+            parts = [chunk.of_slices(total) for total in sums]
             totals.setdefault(id(chunk.member), []).append(parts)
         per_member = [
             [joined(member, list(parts)) for parts in zip(*totals[id(member)], strict=True)]
@@ -156,6 +139,60 @@ class GroupPreconditioner:
                 yield chunk, chunk.of(self._diagonals[number]), tuple(map(chunk.part, laid))
 
 
+def _squares(values: Tensor, metric: Tensor, axes: tuple[int, ...]) -> list[Tensor]:
+    return [_summed(values.to(metric.dtype).square() * metric, axes)]
+
+
+def _totals(values: Tensor, metric: Tensor, axes: tuple[int, ...]) -> list[Tensor]:
+    return [_summed(metric, axes)]
+
+
+def _tangents(
+    values: Tensor,
+    metric: Tensor,
+    axes: tuple[int, ...],
+    share: Tensor,
+    threshold: Tensor,
+    debias: float,
+) -> list[Tensor]:
+    """Return the two sums of `Sums` over ``axes``; what is given broadcasts with the values."""
+    limited = _limited(threshold, metric, debias)
+    reduced = metric if debias == 0 else metric - debias * limited
+    denominators = reduced * share + limited
+    squares = (metric * values.to(metric.dtype) / denominators).square()
+    if debias > 0:
+        squares = squares * limited / threshold
+    return [_summed(squares, axes), _summed(reduced / denominators * squares, axes)]
+
+
+def _scaling(
+    values: Tensor,
+    metric: Tensor,
+    share: Tensor,
+    threshold: Tensor,
+    debias: float,
+    allowed: Tensor | None,
+) -> Tensor:
+    """Multiply values by the factors of `GroupPreconditioner.scale_`, in place."""
+    limited = _limited(threshold, metric, debias)
+    kept = metric * share
+    # Like this, the factor of a share of 1 is exactly 1 where debias is.
+    factors = kept / (kept + (limited if debias == 0 else limited * (1 - debias * share)))
+    if allowed is not None:
+        factors = torch.where(allowed, factors, 1)
+    return values.mul_(factors.to(values.dtype))
+
+
 def _limited(thresholds: Tensor, metric: Tensor, debias: float) -> Tensor:
     """Return t where D > debias t, which the debiased form needs, else the largest such t."""
     return thresholds if debias == 0 else torch.minimum(thresholds, LARGEST / debias * metric)
+
+
+def _summed(terms: Tensor, axes: tuple[int, ...]) -> Tensor:
+    return terms.sum(axes) if axes else terms
+
+
+_SQUARES = Kernel(_squares, "norms in a metric")
+_TOTALS = Kernel(_totals, "means of a metric")
+_TANGENTS = Kernel(_tangents, "a metric")
+_SCALING = Kernel(_scaling, "scaling in a metric")

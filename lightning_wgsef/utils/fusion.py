@@ -4,7 +4,8 @@ torch.compile makes a kernel of a whole function (C++ on a CPU, Triton on a GPU)
 seconds, so it is asked only for large work; torch keeps kernels on disk for later runs. Everywhere
 else, and where nothing can be compiled, the same function runs operation by operation, on a CPU in
 blocks that stay in the cache. Which of the two depends on sizes and on the machine alone, so that a
-resumed run does what an uninterrupted one does; on a CPU both give the same bits.
+resumed run does what an uninterrupted one does; on a CPU both give the same bits but for the order
+of sums.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ LEAST = 2**25
 SLAB = 2**22
 
 # A call of what was compiled costs as much as this many numbers do operation by operation.
-_CALL = 2**15
+CALL = 2**15
 
 # Numbers of float32 that fill 1 MiB, which the second-level cache of a core holds. Where several
 # tensors of a kind are needed at once, or float64, half of it is taken. Sums are formed chunk by
@@ -41,6 +42,58 @@ _log = logging.getLogger("lightning_wgsef")
 Function = Callable[..., Sequence[Tensor]]
 
 
+class Kernel:
+    """A function of tensors, compiled where that pays.
+
+    Args:
+        function: from tensors, numbers and tuples of numbers to tensors.
+        name: what is said to be compiled.
+    """
+
+    def __init__(self, function: Callable[..., Any], name: str) -> None:
+        self.function, self.name = function, name
+        self._compiled: Callable[..., Any] | None = None
+        self._kinds: set[str] = set()
+        self._fails = False
+
+    def pays(self, work: int) -> bool:
+        """Tell whether to compile, where all calls of a step have so many numbers to work on."""
+        return work >= LEAST and not self._fails and _can_compile()
+
+    def __call__(self, *given: Any, kind: str) -> Any:
+        """Apply what was compiled; None: nothing can be compiled here.
+
+        Args:
+            given: arguments of the function.
+            kind: what the code depends on besides types and numbers of axes, as a text.
+        """
+        if self._fails:
+            return None
+        known = kind in self._kinds
+        started = time.perf_counter()
+        try:
+            # A kernel for every kind of arguments and number of threads: a homotopy alone has four.
+            with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
+                if not known:
+                    warnings.simplefilter("ignore")  # of torch about itself: here some are errors
+                if self._compiled is None:
+                    self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True)
+                result = self._compiled(*given)
+        except Exception as error:  # no compiler, no room for its files: there are many reasons
+            self._fails = True
+            _log.info("the step of %s is not compiled: %s", self.name, error)
+            return None
+        if not known:
+            self._kinds.add(kind)
+            seconds = time.perf_counter() - started
+            _log.warning(
+                "the step of %s was compiled in %.0f s; torch keeps it for later runs",
+                self.name,
+                seconds,
+            )
+        return result
+
+
 class Fused:
     """A function that does the same to every row of a matrix, compiled where that pays.
 
@@ -51,10 +104,8 @@ class Fused:
     """
 
     def __init__(self, function: Function, name: str) -> None:
-        self.function, self.name = function, name
-        self._compiled: Callable[..., Any] | None = None
-        self._kinds: set[str] = set()
-        self._fails = False
+        self.function = function
+        self._kernel = Kernel(self._whole, name)
 
     def __call__(self, matrix: Tensor, *others: Any, work: int) -> Tensor:
         """Apply the function; ``work`` is how many numbers all its calls of a step have."""
@@ -62,11 +113,11 @@ class Fused:
         if matrix.storage_offset() % 2:  # pairs of numbers are read at once
             matrix = matrix.clone()
         result = torch.empty_like(matrix)
-        compiles = work >= LEAST and not self._fails and _can_compile()
+        compiles = self._kernel.pays(work)
         numbers = SLAB if compiles else CACHED if matrix.device.type == "cpu" else matrix.numel()
         size = max(1, numbers // max(1, matrix.shape[1]))
         for block, out in zip(torch.split(matrix, size), torch.split(result, size), strict=True):
-            small = block.numel() < _CALL
+            small = block.numel() < CALL
             if not compiles or small or not self._by_kernel(block, out, others):
                 columns = [column.contiguous() for column in block.unbind(1)]
                 found = self.function(columns, *others)
@@ -87,8 +138,6 @@ class Fused:
 
     def _by_kernel(self, matrix: Tensor, out: Tensor, others: Sequence[Any]) -> bool:
         """Apply what was compiled; return: did it? Else nothing can be compiled here."""
-        if self._fails:
-            return False
         kind = str([(x.shape, x.dtype) if isinstance(x, Tensor) else x for x in others])
         count, dtype = matrix.shape[1], matrix.dtype
         power = count > 1 and not count & (count - 1)
@@ -96,29 +145,7 @@ class Fused:
             # Columns as halves of integers of 64 bits, and halves of these, are instructions on
             # many numbers at a time; every fourth number, say, is read one after the other.
             matrix, out = matrix.view(-1).view(torch.int64), out.view(-1).view(torch.int64)
-        known = kind in self._kinds
-        started = time.perf_counter()
-        try:
-            # A kernel for every kind of arguments and number of threads: a homotopy alone has four.
-            with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
-                if not known:
-                    warnings.simplefilter("ignore")  # of torch about itself: here some are errors
-                if self._compiled is None:
-                    self._compiled = torch.compile(self._whole, dynamic=True, fullgraph=True)
-                self._compiled(matrix, out, count, dtype, *others)
-        except Exception as error:  # no compiler, no room for its files: there are many reasons
-            self._fails = True
-            _log.info("the step of %s is not compiled: %s", self.name, error)
-            return False
-        if not known:
-            self._kinds.add(kind)
-            seconds = time.perf_counter() - started
-            _log.warning(
-                "the step of %s was compiled in %.0f s; torch keeps it for later runs",
-                self.name,
-                seconds,
-            )
-        return True
+        return self._kernel(matrix, out, count, dtype, *others, kind=kind) is not None
 
 
 def _can_compile() -> bool:

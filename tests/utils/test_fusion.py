@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEF, Homotopy, prox_multipliers
+from lightning_wgsef import WGSEF, Constant, Homotopy, prox_multipliers
 from lightning_wgsef.penalties.solvers import sorting_network
+from lightning_wgsef.training import group_preconditioner
 from lightning_wgsef.utils import fusion
 
 BACKENDS = [pytest.param("inductor", marks=pytest.mark.sweep), "eager"]
@@ -23,7 +24,11 @@ def kernels(monkeypatch):
         fused = fusion.Fused(sorting_network._multipliers, "n:m")
         monkeypatch.setattr(sorting_network, "_FUSED", fused)
         monkeypatch.setattr(fusion, "LEAST", 0)
-        monkeypatch.setattr(fusion, "_CALL", 0)
+        monkeypatch.setattr(fusion, "CALL", 0)
+        monkeypatch.setattr(group_preconditioner, "CALL", 0)
+        for name in ("_SQUARES", "_TOTALS", "_TANGENTS", "_SCALING"):
+            function = getattr(group_preconditioner, name).function
+            monkeypatch.setattr(group_preconditioner, name, fusion.Kernel(function, name))
         if backend:
             monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
         return fused
@@ -60,8 +65,8 @@ def test_a_kernel_gives_the_same_bits(kernels, backend, width, k, step, dtype):
     want = prox_multipliers(norms, step, k, **options)
     fused = kernels(backend)
     got = prox_multipliers(norms, step, k, **options)
-    assert fused._compiled is not None
-    assert not fused._fails
+    assert fused._kernel._compiled is not None
+    assert not fused._kernel._fails
     assert torch.equal(got, want)
     exact = prox_multipliers(
         norms.double(), step, k, **options, weights=torch.ones_like(norms.double())
@@ -86,11 +91,11 @@ def trained(steps=3):
 
 def test_training_compiles_what_is_large_and_says_so(kernels, caplog):
     want = trained()  # small: nothing is compiled
-    assert sorting_network._FUSED._compiled is None
+    assert sorting_network._FUSED._kernel._compiled is None
     fused = kernels("eager")
     with caplog.at_level(logging.INFO, "lightning_wgsef"):
         assert torch.equal(trained(), want)
-    assert fused._compiled is not None
+    assert fused._kernel._compiled is not None
     assert [record.message for record in caplog.records if "compiled in" in record.message]
     assert len(caplog.records) == 1  # once, for two layers of different sizes
 
@@ -100,7 +105,7 @@ def test_where_nothing_can_be_compiled_the_steps_are_the_same(kernels, monkeypat
     fused = kernels(None)
     with torch._dynamo.config.patch(disable=True):
         assert torch.equal(trained(), want)
-    assert fused._compiled is None
+    assert fused._kernel._compiled is None
 
     def no_compiler(function, **_):
         def compiled(*_):
@@ -111,7 +116,7 @@ def test_where_nothing_can_be_compiled_the_steps_are_the_same(kernels, monkeypat
     monkeypatch.setattr(torch, "compile", no_compiler)
     with caplog.at_level(logging.INFO, "lightning_wgsef"):
         assert torch.equal(trained(), want)
-    assert fused._fails
+    assert fused._kernel._fails
     assert [record.levelname for record in caplog.records] == ["INFO"]
 
 
@@ -129,4 +134,53 @@ def test_inside_of_what_is_compiled_nothing_is_compiled_again(kernels):
         norms.view(-1, 4), torch.ones(2, 3), torch.tensor([0.1, 1.0, 1.1, 1.0, 1e-37]), 2, work=-1
     )
     assert torch.equal(compiled, alone)
-    assert fused._compiled is None
+    assert fused._kernel._compiled is None
+
+
+def trained_in_metric(grouping, lam, debias=0.0, steps=3):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 16, 3), nn.ReLU(), nn.Conv2d(16, 24, 3), nn.Flatten())
+    model = model.append(nn.Linear(96, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, eps=0.1)
+    regularizer = WGSEF(model, 0.4, lam, grouping, metric="auto", debias=debias, total_steps=9)
+    regularizer.attach(optimizer)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(8, 2, 6, 6).double()).square().mean().backward()
+        optimizer.step()
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.parametrize(
+    ("backend", "grouping"),
+    [
+        pytest.param("inductor", "filter", marks=pytest.mark.sweep),
+        pytest.param("inductor", "channel", marks=pytest.mark.sweep),
+        ("eager", "channel"),
+    ],
+)
+def test_kernels_of_a_metric_step_as_operation_by_operation(kernels, backend, grouping):
+    """Sums come in another order: the same to the last digits, and to the bit when run again."""
+    cases = [(Constant(0.3), 0.0), (Constant(0.3), 0.5), (Homotopy(length=6), 1.0)]
+    want = [trained_in_metric(grouping, *case) for case in cases]
+    kernels(backend)
+    got = [trained_in_metric(grouping, *case) for case in cases]
+    for name in ("_SQUARES", "_TANGENTS", "_SCALING"):
+        kernel = getattr(group_preconditioner, name)
+        assert kernel._compiled is not None
+        assert not kernel._fails
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-13)
+    assert torch.equal(trained_in_metric(grouping, *cases[1]), got[1])
+
+
+def test_a_metric_that_cannot_be_compiled_steps_operation_by_operation(kernels, monkeypatch):
+    want = trained_in_metric("filter", Constant(0.3))
+    kernels(None)
+
+    def no_compiler(function, **_):
+        raise RuntimeError("no compiler")
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    assert torch.equal(trained_in_metric("filter", Constant(0.3)), want)
+    assert group_preconditioner._TANGENTS._fails
