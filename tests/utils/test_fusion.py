@@ -4,10 +4,12 @@ import logging
 from functools import partial
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_wgsef import WGSEF, Constant, Homotopy, prox_multipliers
+from lightning_wgsef import WGSEF, Constant, Homotopy, WGSEFCallback, prox_multipliers
 from lightning_wgsef.penalties.solvers import sorting_network
 from lightning_wgsef.training import group_preconditioner
 from lightning_wgsef.utils import fusion
@@ -184,3 +186,49 @@ def test_a_metric_that_cannot_be_compiled_steps_operation_by_operation(kernels, 
     monkeypatch.setattr(torch, "compile", no_compiler)
     assert torch.equal(trained_in_metric("filter", Constant(0.3)), want)
     assert group_preconditioner._TANGENTS._fails
+
+
+class Regression(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.network = nn.Sequential(nn.Linear(8, 64), nn.Tanh(), nn.Linear(64, 64))
+
+    def training_step(self, batch):
+        return self.network(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.parameters(), lr=0.01)
+
+
+def fitted(folder, ckpt_path=None, **arguments):
+    """Train, with a checkpoint after every epoch of four steps."""
+    data = DataLoader(TensorDataset(torch.linspace(-1, 1, 64).view(8, 8)), batch_size=2)
+    model, callback = Regression(), WGSEFCallback(**arguments)
+    saving = pl.callbacks.ModelCheckpoint(
+        folder, "{step}", every_n_train_steps=4, save_top_k=-1, enable_version_counter=False
+    )
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=3, callbacks=[callback, saving], **quiet)
+    trainer.fit(model, data, ckpt_path=ckpt_path)
+    return nn.utils.parameters_to_vector(model.parameters()).detach()
+
+
+@pytest.mark.sweep
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"grouping": "2:4", "lam": Homotopy(1e-2)},
+        {"grouping": "channel", "k": 0.5, "lam": Constant(0.3), "metric": "auto"},
+    ],
+    ids=["2:4", "metric"],
+)
+def test_a_resumed_run_with_kernels_has_the_same_bits(kernels, tmp_path, arguments):
+    fused = kernels("inductor")
+    whole = fitted(tmp_path, **arguments)
+    used = fused._kernel if arguments["grouping"] == "2:4" else group_preconditioner._TANGENTS
+    if used._fails:
+        pytest.skip("no compiler")
+    assert used._compiled is not None
+    assert torch.equal(fitted(tmp_path, tmp_path / "step=4.ckpt", **arguments), whole)
