@@ -325,16 +325,19 @@ class WGSEF:
             if check(hooks.optimizer, layer)
         }
         counts = dict(zip((x.name for x in self.groups.layers), self.groups.counts, strict=True))
+        parts = list(pruner_states(state, counts, optimizers))
+        if "grouping" in state:
+            check_same_grouping(state["grouping"], self.state_dict()["grouping"])
+        # Nothing is refused from here on but by a pruner, before it takes anything over. One of all
+        # layers shares its groups with this object; where there are several each has its own.
         restored = []
-        for saved in pruner_states(state, counts, optimizers):
+        for saved in parts:
             layers = saved["layers"]
             pruner = self._pruner(
                 self.groups.only(layers), optimizers[next(iter(layers))], saved["total_steps"]
             )
             pruner.load_state_dict(saved)
             restored.append(pruner)
-        if "grouping" in state:
-            check_same_grouping(state["grouping"], self.state_dict()["grouping"])
         known = {name for saved in state["attachments"] for name in saved["layers"]}
         fresh = [p for p in self.pruners if known.isdisjoint(x.name for x in p.groups.layers)]
         self.pruners = restored + fresh
