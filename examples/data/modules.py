@@ -58,7 +58,7 @@ class InMemory(pl.LightningDataModule):
 
     def read(self) -> None:
         """Fills ``train_set``, ``val_set`` and ``test_set``."""
-        raise NotImplementedError
+        raise NotImplementedError  # every data set reads its own files
 
     def cut(self, images: Tensor, labels: Tensor, val_size: int) -> None:
         """Takes the last ``val_size`` images for validation and the others for training."""

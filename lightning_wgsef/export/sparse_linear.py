@@ -44,7 +44,7 @@ class SparseLinear(nn.Module):
         frozen = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self.register_parameter("bias", frozen)
         # An index beyond the matrix would read foreign memory.
-        self.register_load_state_dict_post_hook(_check_indices)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_check_indices)  # type: ignore[no-untyped-call]  # torch gives none
 
     @property
     def weight(self) -> Tensor:

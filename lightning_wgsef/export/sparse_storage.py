@@ -187,7 +187,7 @@ def _compressed(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=BETA)
         compressed = weight.to_sparse_csr() if layout == "csr" else weight.to_sparse_bsr(blocksize)
-    layer = SparseLinear(compressed, module.bias)  # type: ignore[arg-type]
+    layer = SparseLinear(compressed, module.bias)  # type: ignore[arg-type]  # nn.Module: Tensor | Module
     return layer, layer.values.nbytes + layer.row_starts.nbytes + layer.columns.nbytes
 
 

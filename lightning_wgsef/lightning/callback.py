@@ -382,7 +382,7 @@ class WGSEFCallback(Callback):
             if module is pl_module:
                 self._keep_masks("before the weights were saved")
 
-        self._saving = pl_module.register_state_dict_pre_hook(before_saving)  # type: ignore[no-untyped-call]
+        self._saving = pl_module.register_state_dict_pre_hook(before_saving)  # type: ignore[no-untyped-call]  # torch gives none
         self._said_lost = self._said_idle = self._said_thawed = False
         self._attach(trainer, pl_module)
 
