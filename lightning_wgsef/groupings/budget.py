@@ -37,6 +37,12 @@ _PREFIXES = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 
 _BINARY = {"ki": 2.0**10, "mi": 2.0**20, "gi": 2.0**30}
 
+# As people and tables write them: 0.5, .5, 1e3, 49,110; with a space before and within the unit.
+_SIZE = re.compile(
+    r"\s*((?:\d{1,3}(?:,\d{3})+|\d+)\.?\d*|\.\d+)(e[+-]?\d+)?"
+    r"\s*([a-z\u00b5\u03bc]+(?:\s+[a-z]+)?)\s*"
+)
+
 # In milliseconds.
 _TIMES = {"s": 1e3, "ms": 1.0, "us": 1e-3, "\u00b5s": 1e-3, "\u03bcs": 1e-3}
 
@@ -50,18 +56,24 @@ def parsed_size(k: str) -> tuple[float, str] | None:
 
     >>> parsed_size("120 MFLOPs"), parsed_size("4 MB"), parsed_size("800 kparams")
     ((120000000.0, 'flops'), (4000000.0, 'bytes'), (800000.0, 'params'))
+    >>> parsed_size("1.2M params"), parsed_size("49,110 FLOPs")
+    ((1200000.0, 'params'), (49110.0, 'flops'))
     >>> parsed_size("1 MiB"), parsed_size("5 miles")
     ((1048576.0, 'bytes'), None)
     >>> parsed_size("5 ms"), parsed_size("0.25 s")
     ((5.0, 'latency'), (250.0, 'latency'))
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z\u00b5\u03bc]+)\s*", k.lower())
-    if match and match[2] in _TIMES and float(match[1]) > 0:
-        return float(match[1]) * _TIMES[match[2]], "latency"
-    for measure, names in _UNITS.items() if match else ():
+    match = _SIZE.fullmatch(k.lower())
+    number = float(match[1].replace(",", "") + (match[2] or "")) if match else 0.0
+    if not match or not 0 < number < math.inf:
+        return None
+    if match[3] in _TIMES:
+        return number * _TIMES[match[3]], "latency"
+    unit = "".join(match[3].split())
+    for measure, names in _UNITS.items():
         for prefix, factor in (_PREFIXES | _BINARY).items():
-            if match and match[2] in [prefix + name for name in names] and float(match[1]) > 0:
-                return float(match[1]) * factor, measure
+            if unit in [prefix + name for name in names]:
+                return number * factor, measure
     return None
 
 

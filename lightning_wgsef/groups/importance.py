@@ -18,6 +18,7 @@ envelope is that loss under a budget, made convex.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Member
 from lightning_wgsef.network.example_input import evaluation
-from lightning_wgsef.network.labelled_batches import Loss, loss_of
+from lightning_wgsef.network.labelled_batches import Loss, check_finite, loss_of
 
 # Decay of the running mean: over about a hundred steps.
 _DECAY = 0.99
@@ -36,7 +37,7 @@ class Importance:
     """Running means of what groups are worth, as the penalty weights of ``groups``.
 
     A checkpoint has them as those. Groups that are zero, or were left without a gradient, keep what
-    they had.
+    they had; the first that is measured is taken as it is.
 
     Args:
         groups: whose weights are measured.
@@ -55,9 +56,11 @@ class Importance:
     def __init__(self, groups: Groups, kind: str) -> None:
         self.groups, self.kind = groups, kind
         self._before: list[Tensor] | None = None
-        # Next to nothing: the first measurement takes its place.
-        least = torch.finfo(groups.dtype).tiny
-        groups.weights = torch.full((len(groups),), least, dtype=groups.dtype, device=groups.device)
+        # Next to nothing, and less than anything measured, whose place the first one takes.
+        self._unknown = torch.finfo(groups.dtype).tiny
+        groups.weights = torch.full(
+            (len(groups),), self._unknown, dtype=groups.dtype, device=groups.device
+        )
 
     def remember(self) -> None:
         """Keep the weights as they are, at which the next step's gradients are computed."""
@@ -87,9 +90,22 @@ class Importance:
         assert own is not None
         share = (1 - _DECAY) / (1 - _DECAY ** (taken + 1))
         ratio = saved / torch.where(squares > 0, squares, 1)
-        mean = torch.lerp(own, ratio.to(own.dtype), share).clamp(min=torch.finfo(own.dtype).tiny)
-        known = (squares > 0) & ratio.isfinite()
+        shares = torch.full_like(own, share).masked_fill_(own <= self._unknown, 1.0)
+        mean = torch.lerp(own, ratio.to(own.dtype), shares).clamp(min=2 * self._unknown)
+        known = (squares > 0) & ratio.isfinite() & self._have_gradients()
         self.groups.weights = torch.where(known if allowed is None else known & allowed, mean, own)
+
+    def _have_gradients(self) -> Tensor | bool:
+        """Return which groups have a gradient of any member, booleans (m,); True: all of them."""
+        left = iter(self.groups.layout.members)
+        found = [
+            any([member.parameter.grad is not None for member in islice(left, len(layer.members))])
+            for layer in self.groups.layers
+        ]
+        if all(found):
+            return True
+        counts = torch.tensor(self.groups.counts)
+        return torch.tensor(found).repeat_interleave(counts).to(self.groups.device)
 
 
 def measure_importance(
@@ -99,12 +115,26 @@ def measure_importance(
     pairs: Iterable[tuple[Any, Any]],
     loss: Loss | None,
 ) -> None:
-    """Measure the weights of groups on batches, in evaluation mode; gradients are left at None."""
+    """Measure the weights of groups on batches, in evaluation mode; gradients are left at None.
+
+    Raises:
+        ValueError: inputs, targets or a loss that do not go together, or a loss that is not finite
+            or has no gradient.
+    """
     importance = Importance(groups, kind)
     with evaluation(network), torch.enable_grad():
-        for number, (inputs, targets) in enumerate(pairs):
+        for number, pair in enumerate(pairs):
             network.zero_grad()
-            loss_of(network, inputs, targets, loss).backward()  # type: ignore[no-untyped-call]  # torch gives none
+            value = loss_of(network, pair, number, loss)
+            check_finite(value, number)
+            if value.requires_grad:
+                value.backward()  # type: ignore[no-untyped-call]  # torch gives none
+            if all(member.parameter.grad is None for member in groups.layout.members):
+                raise ValueError(
+                    f"weights={kind!r} is measured from gradients, of which the loss of batches"
+                    f"[{number}] has none by the grouped weights: return one that can be "
+                    "differentiated (no argmax, nothing detached), or take weights='layer_norm'"
+                )
             importance.measure(number, None)
     network.zero_grad()
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
 
-from lightning_wgsef.network.example_input import evaluation, run_example
+from lightning_wgsef.network.example_input import batch_size, evaluation, reason_of, run_example
 from lightning_wgsef.network.sharding import is_sharded
 
 
@@ -88,13 +88,26 @@ def means_over_calls(norms: Sequence[_NormBase]) -> Iterator[None]:
 def estimate_statistics(network: nn.Module, inputs: Iterable[Any]) -> None:
     """Estimate the running statistics of BatchNorm anew, as means over batches.
 
+    One sample has no variance: a last batch that has no more is left out where others have.
+
+    Raises:
+        ValueError: the network does not run in training mode on a batch.
+
     >>> network, x = nn.Sequential(nn.BatchNorm1d(2)), torch.tensor([[1.0, 2.0], [3.0, 6.0]])
     >>> estimate_statistics(network, [x, x])
     >>> network[0].running_mean
     tensor([2., 4.])
     """
     norms = [x for x in network.modules() if isinstance(x, _BatchNorm) and has_statistics(x)]
-    if norms:
-        with evaluation(network), means_over_calls(norms):
-            for batch in inputs:
+    if not norms:
+        return
+    given = list(inputs)
+    with evaluation(network), means_over_calls(norms):
+        for batch in [x for x in given if batch_size(x) > 1] or given:
+            try:
                 run_example(network, batch)
+            except ValueError as error:
+                raise ValueError(
+                    "batches must hold what the statistics of BatchNorm can be estimated on, such "
+                    f"as more than one sample each, got {batch_size(batch)}: {reason_of(error)}"
+                ) from error

@@ -124,8 +124,23 @@ def _counting(model: nn.Module) -> Iterator[None]:
     # torch counts the fused attention of GPUs, but not that of CPUs.
     gpu = device_of(model).type == "cuda"
     attention = nullcontext() if gpu else sdpa_kernel(SDPBackend.MATH)
-    with evaluation(model), torch.no_grad(), attention:
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    with evaluation(model), torch.no_grad(), attention, _unfused() if recurrent else nullcontext():
         yield
+
+
+@contextmanager
+def _unfused() -> Iterator[None]:
+    """Run recurrent layers as products of matrices: torch counts none of their fused kernels."""
+    backends: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn]
+    before = [backend.enabled for backend in backends]
+    try:
+        for backend in backends:
+            backend.enabled = False
+        yield
+    finally:
+        for backend, enabled in zip(backends, before, strict=True):
+            backend.enabled = enabled
 
 
 def _is_shape(value: object) -> bool:

@@ -282,10 +282,10 @@ class _Cuts:
         estimate_statistics(self.network, [inputs for inputs, _ in pairs])
         total = samples = 0.0
         with evaluation(self.network):
-            for inputs, targets in pairs:
-                number = batch_size(inputs)
-                total += number * float(loss_of(self.network, inputs, targets, loss))
-                samples += number
+            for number, pair in enumerate(pairs):
+                size = batch_size(pair[0])
+                total += size * float(loss_of(self.network, pair, number, loss))
+                samples += size
         for own, before in self.state:
             own.copy_(before)
         return total / samples

@@ -162,12 +162,7 @@ def slim(
     check_limits(multiple_of, None, None)
     if optimizer is not None and not inplace:
         raise ValueError("optimizer needs inplace=True: it holds the parameters of model itself")
-    for name, parameter in model.named_parameters():
-        if parameter.dtype in (torch.float16, torch.bfloat16):
-            raise ValueError(
-                f"model must be float32 or float64: '{name}' is {parameter.dtype}, too coarse to "
-                "prove that the outputs agree; take slim(model.float(), ..)"
-            )
+    check_precision(model)
     network = model_copy(model)
     if isinstance(multiple_of, Mapping):
         held = modules_by_name(network).items()
@@ -197,6 +192,16 @@ def slim(
         module.training = modes.get(canonical_name(name), False)
     network.slimming = record  # type: ignore[assignment]  # plain data, no parameter
     return network
+
+
+def check_precision(model: nn.Module) -> None:
+    """Raise `ValueError` for weights that are too coarse to prove that outputs agree."""
+    for name, parameter in model.named_parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"model must be float32 or float64: '{name}' is {parameter.dtype}, too coarse to "
+                "prove that the outputs agree; take model.float()"
+            )
 
 
 class _Slimmer:

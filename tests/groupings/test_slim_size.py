@@ -30,6 +30,20 @@ class Encoder(nn.Module):
         return self.head(self.body(self.embed(x)))
 
 
+class Recurrent(nn.Module):
+    """A convolution over time, and LSTM and GRU on it, of which torch fuses the first on CPUs."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(4, 9, 3, padding=1)
+        self.first = nn.LSTM(9, 7, 2, batch_first=True, bidirectional=True)
+        self.second, self.last = nn.GRU(14, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x):
+        steps = torch.relu(self.conv(x)).transpose(1, 2)
+        return self.last(self.second(self.first(steps)[0])[0][:, -1])
+
+
 def grouped():
     """Parts of a grouped convolution, a depthwise one, and a layer that reads flattened images."""
     return nn.Sequential(
@@ -67,6 +81,7 @@ class Inverted(nn.Module):
 OWN = {
     "torch": (Encoder, torch.randn(2, 5, 3)),
     "grouped": (grouped, torch.randn(1, 3, 8, 8)),
+    "recurrent": (Recurrent, torch.randn(2, 4, 5)),
     "residual": (Residual, torch.rand(1, 3, 6, 6)),
     "inverted residual": (Inverted, torch.rand(1, 3, 6, 6)),
     "blocks": (Residual, torch.rand(1, 3, 6, 6)),
@@ -88,6 +103,7 @@ CASES = [
     ("T5", "hidden"),
     ("torch", {"*attn": "head", "*linear1": "hidden"}),
     ("grouped", "structure"),
+    ("recurrent", "structure"),
     ("blocks", "layer"),
 ]
 
@@ -127,6 +143,14 @@ def test_what_slim_makes_has_the_size_that_was_foretold(name, grouping):
     small = counted(slim(network, example), example)
     assert {name: float(size.of(alive)) for name, size in sizes.items()} == small
     assert small["params"] < dense["params"]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_operations_of_recurrent_layers(kind):
+    """Two a weight and time step of a sample; what torch fuses, it does not count."""
+    layer = getattr(nn, kind)(5, 4, 2, bidirectional=True)
+    weights = sum(p.numel() for name, p in layer.named_parameters() if "weight" in name)
+    assert layer_flops(layer, torch.randn(6, 3, 5))[1] == 2 * 6 * 3 * weights
 
 
 def test_the_cost_of_a_group_is_what_it_saves():

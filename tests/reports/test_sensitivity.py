@@ -149,7 +149,12 @@ def test_heads_units_and_a_loss_of_ones_own():
     [
         ({"batches": [IMAGES]}, ["batches[0] must be a pair of inputs and targets (labels)"]),
         ({"batches": [PAIRS[0], (IMAGES, LABELS[:3])]}, ["cross entropy (loss=None)", "(3,)"]),
-        ({"batches": [(IMAGES[:, :1], LABELS)]}, ["example_input must be what Residual takes"]),
+        (
+            {"batches": [(IMAGES[:, :1], LABELS)]},
+            ["the inputs of batches[0] must be what Residual takes"],
+        ),
+        ({"batches": [PAIRS[0], (IMAGES[:0], LABELS[:0])]}, ["batches[1] must hold at least one"]),
+        ({"loss": lambda y, t: y.detach().sum()}, ["weights='taylor'", "loss of batches[0]"]),
         ({"k": 0.001}, ["k = 0.001", "must lie between", "one group of every layer"]),
         ({"k": "5 miles"}, ["k must be", "got '5 miles'", "units: FLOPs, params, B"]),
         ({"k": {"stem": 2}}, ["k must be the size of all layers together", "{'stem': 2}"]),

@@ -104,12 +104,52 @@ def test_statistics_are_means_over_batches():
         ([(IMAGES,)], ["batches[0] must be a pair", "tuple of 1"]),
         ([(IMAGES, LABELS[:3])], ["cross entropy (loss=None)", "(24, 2)", "shape (3,)", "labels"]),
         ([(IMAGES, None)], ["cross entropy (loss=None)", "None", "loss(outputs, targets)"]),
-        ([(IMAGES[:, :1], LABELS)], ["example_input must be what Residual takes", "(24, 1, 8, 8)"]),
+        ([(IMAGES[:0], LABELS[:0])], ["batches[0] must hold at least one sample", "(0, 3, 8, 8)"]),
+        ([batches()[0], ([IMAGES[:0]], LABELS[:0])], ["batches[1] must hold at least one sample"]),
+        ([batches()[0], (IMAGES, LABELS + 2)], ["cross entropy", "batches[1]", "(24,)"]),
+        ([(IMAGES * torch.nan, LABELS)], ["loss must be finite", "nan on batches[0]"]),
+        ([batches()[0], (IMAGES * torch.nan, LABELS)], ["loss must be finite", "on batches[1]"]),
+        (
+            [batches()[0], (IMAGES[:, :1], LABELS)],
+            ["the inputs of batches[1] must be what Residual takes", "(24, 1, 8, 8)"],
+        ),
     ],
 )
 def test_batches_that_do_not_fit(given, words):
     with raises_naming(*words):
         prune(residual(), given, 0.5)
+
+
+def test_a_loss_without_gradients():
+    """Of which norms need none."""
+    network, pairs = mlp(4, 8, 2), [(torch.rand(6, 4), torch.arange(6) % 2)]
+    losses = [
+        lambda outputs, targets: (outputs.argmax(1) != targets).float().mean(),
+        lambda outputs, targets: torch.ones((), requires_grad=True) * outputs.detach().sum(),
+    ]
+    for loss in losses:
+        with raises_naming("weights='fisher'", "loss of batches[0]", "weights='layer_norm'"):
+            prune(network, pairs, loss=loss, weights="fisher")
+    assert prune(network, pairs, loss=losses[0], weights="layer_norm")[0].out_features == 4
+
+
+def test_low_precision_is_refused_before_anything_is_measured():
+    def never():
+        raise AssertionError
+        yield
+
+    with raises_naming("model must be float32 or float64", "torch.float16", "model.float()"):
+        prune(residual().half(), never(), 0.5)
+
+
+def test_a_last_batch_of_one_sample():
+    """It has no variance; a norm of images that were averaged cannot take it."""
+    network = nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.BatchNorm1d(9), nn.Linear(9, 2)).eval()
+    inputs, labels = torch.rand(9, 6), torch.arange(9) % 2
+    pairs = list(zip(inputs.split(4), labels.split(4), strict=True))
+    assert prune(network, pairs, 0.5)[0].out_features == 4
+    with raises_naming("batches must hold", "more than one sample", "BatchNorm"):
+        prune(network, pairs[-1:], 0.5)
 
 
 def test_a_size_that_cannot_be():

@@ -141,19 +141,30 @@ def test_the_first_projection_keeps_what_the_loss_would_miss():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_zero_groups_and_missing_gradients(kind):
-    """Neither is a NaN; what was measured stays."""
+    """Neither is a NaN; what was measured stays, and what comes late is not thought weak."""
     model = dense_network()
     with torch.no_grad():
         model[2].weight[:, 1] = 0
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     more = {"weights": kind, "scope": "global", "lam": Homotopy(length=9)}
     regularizer = WGSEF(model, 0.5, **more).attach(optimizer)
-    for batch in batches(4):
+    second = slice(model[2].in_features, None)
+    for number, batch in enumerate(batches(6)):
         gradients(model, [batch])
-        model[3].weight.grad = None
+        if number != 3:
+            model[3].weight.grad = None
+        else:
+            fresh = Twin(model, kind)
+            fresh.measure()
         optimizer.step()
         weights = regularizer.pruners[0].groups.weights
         assert bool((weights.isfinite() & (weights > 0)).all())
+        if number == 3:
+            expected = torch.tensor(fresh.means[second], dtype=torch.float64)
+            torch.testing.assert_close(weights[second], expected)
+        elif number > 3:
+            assert torch.equal(weights[second], before)
+        before = weights[second].clone()
     assert regularizer.value().isfinite().all()
 
 
