@@ -97,11 +97,9 @@ class Importance:
 
     def _have_gradients(self) -> Tensor | bool:
         """Return which groups have a gradient of any member, booleans (m,); True: all of them."""
-        left = iter(self.groups.layout.members)
-        found = [
-            any([member.parameter.grad is not None for member in islice(left, len(layer.members))])
-            for layer in self.groups.layers
-        ]
+        members = iter(self.groups.layout.members)
+        own = [list(islice(members, len(layer.members))) for layer in self.groups.layers]
+        found = [any(member.parameter.grad is not None for member in part) for part in own]
         if all(found):
             return True
         counts = torch.tensor(self.groups.counts)
