@@ -39,7 +39,7 @@ from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
-from lightning_wgsef.slimming.slim import slim
+from lightning_wgsef.slimming.slim import check_precision, slim
 from lightning_wgsef.training.checkpointing import saved_latency
 from lightning_wgsef.training.half_space import HalfSpace
 from lightning_wgsef.training.masks import Twin, apply_masks_to, twins
@@ -290,6 +290,10 @@ class WGSEFCallback(Callback):
                     "slim_to needs an example_input: an argument of WGSEFCallback, or the module's "
                     "example_input_array"
                 )
+            try:
+                check_precision(pl_module)
+            except ValueError as error:
+                raise ValueError(f"slim_to: {error} or precision='bf16-mixed'") from error
         # A damaged state is refused when it is restored.
         saved = self._state.get("grouping") if isinstance(self._state, Mapping) else None
         saved = saved if isinstance(saved, Mapping) else {}

@@ -67,6 +67,17 @@ def test_without_an_example(tmp_path: Any) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_in_low_precision(tmp_path: Any, precision: str) -> None:
+    """Nothing could be proved at the end: said before training."""
+    callback = WGSEFCallback(slim_to=tmp_path / "small.safetensors", example_input=EXAMPLE)
+    trainer = make_trainer([callback], precision=precision)
+    with raises_naming("slim_to: model must be float32 or float64", "'bf16-mixed'"):
+        trainer.fit(make_module("pytorch_lightning"), loader())
+    assert trainer.global_step == 0
+    assert os.listdir(tmp_path) == []
+
+
 def test_its_folder_is_made(tmp_path: Any) -> None:
     path = tmp_path / "some" / "where" / "small.safetensors"
     fit(WGSEFCallback(k=0.25, slim_to=path, example_input=EXAMPLE))
