@@ -5,7 +5,7 @@ Everything walks over the weights in chunks: where nothing is compiled, such tha
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,14 +14,39 @@ from torch.optim import Optimizer
 
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.members import Chunk, chunks, joined, laid_along
-from lightning_wgsef.training.preconditioners import Preconditioner
+from lightning_wgsef.training.preconditioners import Formula, Preconditioner
 from lightning_wgsef.utils.fusion import CALL, SLAB, Kernel
 
 # The largest debias * t in units of D, which it must not reach.
 LARGEST = 1 - 1e-6
 
+# Rows that a kernel sums at once, where slices run down columns: over so few it goes along memory.
+_BLOCK = 8
+
 # Compiled, a weight here saves so many times the time that one of n:m does.
 _OPERATIONS = 4
+
+
+class _Part(Mapping[str, Any]):
+    """The state of a parameter, whose entries are cut to a chunk when they are asked for."""
+
+    def __init__(self, state: Mapping[str, Any], chunk: Chunk) -> None:
+        self._state, self._chunk = state, chunk
+
+    def __getitem__(self, key: str) -> Any:
+        value, member = self._state[key], self._chunk.member
+        like = _is_like(value, member.parameter)
+        return self._chunk.of(member.own(value)) if like else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._state)
+
+    def __len__(self) -> int:
+        return len(self._state)
+
+
+def _is_like(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
 
 
 class GroupPreconditioner:
@@ -52,22 +77,9 @@ class GroupPreconditioner:
                 torch.empty_like(member.weights, dtype=self.groups.dtype)
                 for member in self.groups.layout.members
             ]
-        for member, diagonal in zip(self.groups.layout.members, self._diagonals, strict=True):
-            parameter = member.parameter
-            state = self.optimizer.state.get(parameter)
-            if not state:
-                diagonal.fill_(1)
-                continue
-            settings = self._settings.get(id(parameter), {})
-            shaped = {
-                key: member.own(value)
-                for key, value in state.items()
-                if isinstance(value, Tensor) and value.shape == parameter.shape and value.dim()
-            }
-            alike = all(value.is_contiguous() for value in shaped.values())
-            for chunk in chunks(member) if alike else [Chunk(member, None)]:
-                parts = {**state, **{key: chunk.of(value) for key, value in shaped.items()}}
-                chunk.of(diagonal).copy_(self.preconditioner(parts, settings))
+        for number, diagonal in enumerate(self._diagonals):
+            for chunk in self._of_state(number):
+                self._read(_DIAGONALS, chunk, chunk.of(diagonal))
 
     def norms(self) -> Tensor:
         r"""Return the norm of every group, :math:`(\sum D_i \theta_i^2)^{1/2}`, shape (m,)."""
@@ -75,7 +87,15 @@ class GroupPreconditioner:
 
     def means(self) -> Tensor:
         """Return the mean of D over every group, shape (m,)."""
-        (total,) = self._sums(_TOTALS)
+        nothing = torch.empty(0, dtype=self.groups.dtype)
+        totals = []
+        for number, member in enumerate(self.groups.layout.members):
+            sums = [
+                chunk.of_slices(self._read(_TOTALS, chunk, nothing, chunk.summed))
+                for chunk in self._of_state(number)
+            ]
+            totals.append(joined(member, sums))
+        total = self.groups.layout.gathered(totals)
         return total / self.groups.sizes.to(total)
 
     def sums(self, shares: Tensor, thresholds: Tensor, debias: float) -> tuple[Tensor, Tensor]:
@@ -91,9 +111,41 @@ class GroupPreconditioner:
             values = chunk.of(chunk.member.weights)
             self._apply(_SCALING, chunk, values, metric, *per_slice, debias, allowed)
 
+    def _of_state(self, number: int) -> list[Chunk]:
+        """Return the chunks of a member in which the state of its parameter can be read."""
+        member = self.groups.layout.members[number]
+        state = self.optimizer.state.get(member.parameter, {})
+        alike = all(
+            member.own(value).is_contiguous()
+            for value in state.values()
+            if _is_like(value, member.parameter)
+        )
+        return self._read_chunks[number] if alike else [Chunk(member, None)]
+
+    def _read(self, kernel: Kernel, chunk: Chunk, *given: Any) -> Any:
+        """Apply a function of D, as the state of the optimizer is now, to a chunk."""
+        parameter = chunk.member.parameter
+        state = self.optimizer.state.get(parameter)
+        if not state:
+            return kernel.function(*given, torch.ones_like, chunk.of(chunk.member.weights))
+        part, settings = _Part(state, chunk), self._settings.get(id(parameter), {})
+        if self._compiles and isinstance(self.preconditioner, Formula):
+            tensors = self.preconditioner.tensors(part, settings)
+            if chunk.rows is not None and tensors[0].numel() >= CALL:
+                # In the precision of D: that is how operations take them one by one.
+                numbers = [
+                    torch.as_tensor(x, dtype=tensors[0].dtype, device=tensors[0].device)
+                    for x in self.preconditioner.numbers(state, settings)
+                ]
+                return self._apply(
+                    kernel, chunk, *given, self.preconditioner.of, *tensors, *numbers
+                )
+        return kernel.function(*given, self.preconditioner, part, settings)
+
     def _apply(self, kernel: Kernel, chunk: Chunk, *given: Any) -> Any:
         """Apply a function to a chunk: compiled where that pays, else operation by operation."""
-        if self._compiles and chunk.rows is not None and given[0].numel() >= CALL:
+        numbers = max(x.numel() for x in given if isinstance(x, Tensor))
+        if self._compiles and chunk.rows is not None and numbers >= CALL:
             kind = str([(x.dim(), x.dtype) if isinstance(x, Tensor) else x for x in given])
             result = kernel(*given, kind=kind)
             if result is not None:
@@ -106,15 +158,24 @@ class GroupPreconditioner:
         self._compiles = compiles
         size = {"numbers": SLAB} if compiles else {}
         self._chunks = [list(chunks(member, **size)) for member in self.groups.layout.members]
+        # The others read D operation by operation.
+        large = isinstance(self.preconditioner, Formula)
+        self._read_chunks = (
+            self._chunks if large else [list(chunks(x)) for x in self.groups.layout.members]
+        )
 
     def _sums(self, kernel: Kernel, *per_group: Tensor, **settings: float) -> list[Tensor]:
         """Sum over every group the terms that a function has for values, D, per-group numbers."""
         totals: dict[int, list[list[Tensor]]] = {}
         for chunk, metric, per_slice in self._walk(*per_group):
-            values = chunk.of(chunk.member.weights)
-            sums = self._apply(
-                kernel, chunk, values, metric, chunk.summed, *per_slice, *settings.values()
-            )
+            values, axes = chunk.of(chunk.member.weights), chunk.summed
+            blocks = self._compiles and chunk.rows is not None and axes == (0,)
+            if blocks := blocks and not len(values) % _BLOCK:
+                values, metric = (x.view(-1, _BLOCK, x.shape[1]) for x in (values, metric))
+                axes = (1,)
+            sums = self._apply(kernel, chunk, values, metric, axes, *per_slice, *settings.values())
+            if blocks:
+                sums = [total.sum(0) for total in sums]
             parts = [chunk.of_slices(total) for total in sums]
             totals.setdefault(id(chunk.member), []).append(parts)
         per_member = [
@@ -143,8 +204,14 @@ def _squares(values: Tensor, metric: Tensor, axes: tuple[int, ...]) -> list[Tens
     return [_summed(values.to(metric.dtype).square() * metric, axes)]
 
 
-def _totals(values: Tensor, metric: Tensor, axes: tuple[int, ...]) -> list[Tensor]:
-    return [_summed(metric, axes)]
+def _diagonals(out: Tensor, metric: Callable[..., Tensor], *given: Any) -> Tensor:
+    return out.copy_(metric(*given))
+
+
+def _totals(
+    like: Tensor, axes: tuple[int, ...], metric: Callable[..., Tensor], *given: Any
+) -> Tensor:
+    return _summed(metric(*given).to(like.dtype), axes)
 
 
 def _tangents(
@@ -193,6 +260,7 @@ def _summed(terms: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 _SQUARES = Kernel(_squares, "norms in a metric")
+_DIAGONALS = Kernel(_diagonals, "reading a metric")
 _TOTALS = Kernel(_totals, "means of a metric")
 _TANGENTS = Kernel(_tangents, "a metric")
 _SCALING = Kernel(_scaling, "scaling in a metric")

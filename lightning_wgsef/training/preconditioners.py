@@ -12,7 +12,8 @@ Yang, Adaptive Proximal Gradient Methods for Structured Neural Networks, NeurIPS
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,11 +97,36 @@ def register_preconditioner(optimizer: type[Optimizer], adapter: Preconditioner 
     _ADAPTERS[optimizer] = adapter
 
 
-def _adam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    square = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"]
+@dataclass(frozen=True)
+class Formula:
+    """A preconditioner in two parts, of which the one that runs over all weights can be compiled.
+
+    Attributes:
+        keys: from settings to the entries of the state that are read for every weight.
+        numbers: from state and settings to what is the same for all weights.
+        of: from these entries, in the type to compute in, and these numbers to D.
+    """
+
+    keys: Callable[[Mapping[str, Any]], Sequence[str]]
+    numbers: Callable[[Mapping[str, Any], Mapping[str, Any]], Sequence[float | Tensor]]
+    of: Callable[..., Tensor]
+
+    def __call__(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+        """Return D."""
+        return self.of(*self.tensors(state, group), *self.numbers(state, group))
+
+    def tensors(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> list[Tensor]:
+        """Return the entries of the state that are read for every weight."""
+        return [_wide(state[key]) for key in self.keys(group)]
+
+
+def _adam_numbers(state: Mapping[str, Any], group: Mapping[str, Any]) -> Sequence[float | Tensor]:
     correction = 1 - _number(group["betas"][1]) ** _steps(state)
-    metric: Tensor = _wide(square).sqrt().div_(correction**0.5).add_(group["eps"])
-    return metric
+    return correction**0.5, group["eps"]
+
+
+def _adam(square: Tensor, divisor: float | Tensor, eps: float | Tensor) -> Tensor:
+    return square.sqrt().div_(divisor).add_(eps)
 
 
 def _radam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -136,10 +162,16 @@ def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return metric
 
 
+_ADAM = Formula(
+    lambda group: ("max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq",),
+    _adam_numbers,
+    _adam,
+)
+
 _ADAPTERS: dict[type[Optimizer], Preconditioner | None] = {
-    Adam: _adam,
-    AdamW: _adam,  # in older releases of torch no subclass of Adam
-    NAdam: _adam,
+    Adam: _ADAM,
+    AdamW: _ADAM,  # in older releases of torch no subclass of Adam
+    NAdam: _ADAM,
     RAdam: _radam,
     Adamax: _adamax,
     Adagrad: _adagrad,

@@ -117,9 +117,9 @@ class ProximalStep:
     @torch.no_grad()
     def norms(self) -> Tensor:
         """Return the norm of every group as the penalty measures it, shape (m,)."""
-        if self._metric is not None:
-            self._metric.refresh()
         metric = self._metric if self.schedule.homotopy else None
+        if self._metric is not None and (self._exact or (metric and not self._averaged)):
+            self._metric.refresh()  # for every weight; means are read when they are asked for
         if metric is None:
             norms = self.groups.norms()
         elif self._averaged:

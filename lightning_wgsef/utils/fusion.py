@@ -69,28 +69,31 @@ class Kernel:
         """
         if self._fails:
             return None
-        known = kind in self._kinds
+        kind = f"{kind}, {torch.get_num_threads()} threads"
         started = time.perf_counter()
         try:
+            if kind in self._kinds and self._compiled is not None:
+                return self._compiled(*given)  # what is patched below takes as long as a call
             # A kernel for every kind of arguments and number of threads: a homotopy alone has four.
             with torch._dynamo.config.patch(recompile_limit=64), warnings.catch_warnings():
-                if not known:
-                    warnings.simplefilter("ignore")  # of torch about itself: here some are errors
+                warnings.simplefilter("ignore")  # of torch about itself: here some are errors
                 if self._compiled is None:
                     self._compiled = torch.compile(self.function, dynamic=True, fullgraph=True)
                 result = self._compiled(*given)
         except Exception as error:  # no compiler, no room for its files: there are many reasons
+            if kind in self._kinds:  # one of more than torch's own number of its kernels
+                self._kinds.discard(kind)
+                return self(*given, kind=kind)
             self._fails = True
             _log.info("the step of %s is not compiled: %s", self.name, error)
             return None
-        if not known:
-            self._kinds.add(kind)
-            seconds = time.perf_counter() - started
-            _log.warning(
-                "the step of %s was compiled in %.0f s; torch keeps it for later runs",
-                self.name,
-                seconds,
-            )
+        self._kinds.add(kind)
+        seconds = time.perf_counter() - started
+        _log.warning(
+            "the step of %s was compiled in %.0f s; torch keeps it for later runs",
+            self.name,
+            seconds,
+        )
         return result
 
 
