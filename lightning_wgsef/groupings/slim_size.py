@@ -110,6 +110,25 @@ def slim_size(
     return size.to(device)
 
 
+def counted_size(network: nn.Module, unit: str, example_input: Any) -> float:
+    """Count the size of a network as it is.
+
+    Args:
+        network: any module.
+        unit: "FLOPs" (of one sample), "parameters" or "bytes", as `SlimSize.unit` has it.
+        example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
+
+    >>> [counted_size(nn.Linear(4, 3), unit, torch.ones(1, 4)) for unit in ("FLOPs", "bytes")]
+    [24.0, 60.0]
+    """
+    if unit == UNITS["flops"]:
+        example_input, samples = _samples(network, example_input)
+        return sum(x.flops(x.sizes) for x in operations(network, example_input)) / samples
+    values = [*network.parameters(), *(network.buffers() if unit == UNITS["bytes"] else ())]
+    sizes = [x.element_size() if unit == UNITS["bytes"] else 1 for x in values]
+    return float(sum(n * x.numel() for n, x in zip(sizes, values, strict=True)))
+
+
 class _Part(NamedTuple):
     """A product that counts: a parameter, a buffer, an operation, or what a module reads or makes.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.groupings.budget import DEFAULT_K
 from lightning_wgsef.groupings.group_parameters import group_parameters
+from lightning_wgsef.groupings.slim_size import counted_size
 from lightning_wgsef.groupings.weights import MEASURED
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.importance import measure_importance
@@ -49,7 +51,8 @@ def prune(
 
     Returns:
         The network, in training or evaluation mode as ``model`` is: Lightning trains it in the mode
-        that it finds, so call its ``train()`` first. Its ``slimming`` says what was done.
+        that it finds, so call its ``train()`` first. Its ``slimming`` says what was done. Where
+        zero groups had to stay, a warning says by how much it is too large.
 
     Raises:
         ValueError: batches that are no pairs or do not fit, a loss that is none, or what
@@ -77,7 +80,24 @@ def prune(
         measure_importance(network, groups, named["weights"], pairs, loss)
     groups.scale_(projected(groups).to(groups.dtype))
     estimate_statistics(network, [inputs for inputs, _ in pairs])
-    return slim(network, pairs[0][0], multiple_of=options.get("multiple_of", 1))
+    small = slim(network, pairs[0][0], multiple_of=options.get("multiple_of", 1))
+    _warn_of_size(small, groups, named["example_input"])
+    return small
+
+
+def _warn_of_size(small: Any, groups: Groups, example_input: Any) -> None:
+    """Say so where zero groups had to stay, and the network is larger than was asked for."""
+    size, limit = groups.size, groups.limit
+    if size is None or limit is None or size.unit not in ("FLOPs", "parameters", "bytes"):
+        return
+    found = counted_size(small, size.unit, example_input)
+    if found > limit * (1 + 1e-9):
+        warnings.warn(
+            f"the slim network has {size.shown(found)} {size.unit}, more than the "
+            f"{size.shown(limit)} asked for: zero groups had to stay, see its slimming "
+            f"({small.slimming.kept}); leave these layers out with exclude=",
+            stacklevel=3,
+        )
 
 
 def projected(groups: Groups) -> Tensor:

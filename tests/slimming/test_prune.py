@@ -152,6 +152,27 @@ def test_a_last_batch_of_one_sample():
         prune(network, pairs[-1:], 0.5)
 
 
+class Shortcut(nn.Module):
+    """With a shortcut wherever widths happen to agree, as some networks are written."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.body, self.last = nn.Linear(4, 6), nn.Linear(6, 9), nn.Linear(9, 2)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        y = torch.relu(self.body(x))
+        return self.last(x + y if x.shape == y.shape else y)
+
+
+@pytest.mark.parametrize("k", ["60 params", "100 FLOPs", "220 B"])
+def test_groups_that_have_to_stay_are_told(k):
+    """The network does something else with four of each: slim keeps some, and it is too large."""
+    pairs = [(torch.rand(8, 4), torch.arange(8) % 2)]
+    with pytest.warns(UserWarning, match="more than the .* asked for: zero groups had to stay"):
+        prune(Shortcut(), pairs, k, scope="global", at_least=4, at_most=4)
+
+
 def test_a_size_that_cannot_be():
     with raises_naming("k = 0.001", "must lie between", "one group of every layer"):
         prune(residual(), batches(), 0.001)
