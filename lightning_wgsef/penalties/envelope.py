@@ -54,13 +54,14 @@ since looking at values would stall the device.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_wgsef.penalties.base import Penalty
-from lightning_wgsef.penalties.problem import Competition, Problem
+from lightning_wgsef.penalties.problem import PROJECTION_SLACK, Competition, Problem
 from lightning_wgsef.penalties.segments import LARGE, Bucket, Segments
 from lightning_wgsef.penalties.solvers import sampled_secant, sorting_network
 from lightning_wgsef.penalties.solvers.sampled_secant import FULL_STEP_SLACK
@@ -284,7 +285,7 @@ def _special(
         return None
     k, step = float(bucket.column(problem.budgets)[0]), float(steps[0])
     alike = bucket.n_of_m or (problem.budgets.stride(0) == 0 and steps.stride(0) == 0)
-    inside = step > 0 and debias * step < 1 - FULL_STEP_SLACK
+    survivor = 1.0 if anchored else 1 / (1 + step * (1 - debias))
     norms = bucket.matrix(problem.norms)
     if bucket.rows == 1 and bucket.width >= LARGE:
         _check_debiased_step(steps, debias)
@@ -294,13 +295,18 @@ def _special(
     if (
         bucket.rows >= sorting_network.MANY
         and alike
-        and inside
+        and step > 0
         and bucket.width <= sorting_network.LONGEST
         and k <= bucket.width
     ):
-        return sorting_network.multipliers(
-            norms, step, k, debias=debias, anchored=anchored, work=problem.segments.size
-        )
+        work = problem.segments.size
+        if debias * step < 1 - FULL_STEP_SLACK:
+            return sorting_network.multipliers(
+                norms, step, k, debias=debias, anchored=anchored, work=work
+            )
+        _check_debiased_step(steps, debias)
+        kept = math.floor(k * (1 + PROJECTION_SLACK))
+        return sorting_network.projection(norms, kept, survivor, work=work)
     return None
 
 

@@ -19,7 +19,7 @@ from lightning_wgsef.utils.validation import check_values, per_group, per_segmen
 
 # Costs are sums of floating-point numbers: a set whose cost exceeds the budget by no more than this
 # share of it fits. "Fits" is the wider test, so that what a projection keeps always fits.
-_PROJECTION_SLACK = 1e-9
+PROJECTION_SLACK = 1e-9
 
 _FIT_SLACK = 2e-9
 
@@ -110,7 +110,7 @@ class Competition:
         if self.costs is not None:
             return self.within_budget()[1]
         strengths = self.strengths()
-        limits = (self.budgets * (1 + _PROJECTION_SLACK)).floor()
+        limits = (self.budgets * (1 + PROJECTION_SLACK)).floor()
         most = strengths.shape[1]
         if self.on_host:  # the strongest K are all that has to be ordered
             most = min(most, max(1, int(limits.max())))
@@ -129,7 +129,7 @@ class Competition:
             shape (S, 1), -1 where nothing is kept.
         """
         strengths = self.strengths()
-        limits = self.budgets * (1 + _PROJECTION_SLACK)
+        limits = self.budgets * (1 + PROJECTION_SLACK)
         ordered, order = strengths.sort(dim=1, descending=True, stable=True)
         costs = torch.ones_like(ordered) if self.costs is None else self.costs.gather(1, order)
         admitted = (costs.cumsum(1) <= limits) & (ordered > 0)

@@ -101,8 +101,8 @@ class Fused:
     """A function that does the same to every row of a matrix, compiled where that pays.
 
     Args:
-        function: from the columns of a matrix, in whatever order they come, and arguments that are
-            the same for all rows, to as many columns.
+        function: from the columns of a matrix, and arguments that are the same for all rows, to as
+            many columns.
         name: what is said to be compiled.
     """
 
@@ -135,9 +135,11 @@ class Fused:
         if given.dtype == dtype:
             parts = self.function(given.unbind(1), *others)
             return out.copy_(torch.stack([part.to(dtype) for part in parts], 1))
+        order = _halved_order(count)
         columns = [part.view(dtype) for part in _halved(given, count)]
-        parts = [bits(part.to(dtype)) for part in self.function(columns, *others)]
-        return out.copy_(_paired(parts))
+        in_order = [columns[order.index(place)] for place in range(count)]
+        parts = [bits(part.to(dtype)) for part in self.function(in_order, *others)]
+        return out.copy_(_paired([parts[place] for place in order]))
 
     def _by_kernel(self, matrix: Tensor, out: Tensor, others: Sequence[Any]) -> bool:
         """Apply what was compiled; return: did it? Else nothing can be compiled here."""
@@ -167,6 +169,17 @@ def _halved(pairs: Tensor, count: int) -> list[Tensor]:
     if count == 2:
         return [low, high]
     return [x for half in (low, high) for x in _halved(half.view(torch.int64), count // 2)]
+
+
+def _halved_order(count: int) -> list[int]:
+    """Return which columns `_halved` gives, in its order.
+
+    >>> _halved_order(8)
+    [0, 4, 2, 6, 1, 5, 3, 7]
+    """
+    if count == 2:
+        return [0, 1]
+    return [2 * place + half for half in (0, 1) for place in _halved_order(count // 2)]
 
 
 def _paired(columns: Sequence[Tensor]) -> Tensor:

@@ -25,6 +25,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "anchored": {"k": 2, "anchored": True},
     "exact": {"k": 2},
     "anchored, K = 2.5 as on the way to 2": {"k": 2.5, "anchored": True},
+    "the projection": {"k": 2, "step": 1.0},
 }
 
 
@@ -33,7 +34,8 @@ def two_of_four(values: Tensor, kind: str, form: str) -> Callable[[], None]:
 
     def step() -> None:
         fusion.LEAST = FORMS[form]
-        values.mul_(prox_multipliers(values.abs(), 0.05, segments=4, debias=1.0, **KINDS[kind]))
+        settings = {"step": 0.05, "debias": 1.0, **KINDS[kind]}
+        values.mul_(prox_multipliers(values.abs(), segments=4, **settings))
 
     return step
 

@@ -162,8 +162,8 @@ FAULTS += [
     Fault("more fits than the budget", "_FIT_SLACK = 2e-9", "_FIT_SLACK = 0.02", check_value),
     Fault(
         "less is kept than the budget",
-        "_PROJECTION_SLACK = 1e-9",
-        "_PROJECTION_SLACK = -1e-9",
+        "PROJECTION_SLACK = 1e-9",
+        "PROJECTION_SLACK = -1e-9",
         check_projection,
     ),
     Fault(

@@ -26,6 +26,8 @@ def kernels(monkeypatch):
         torch._dynamo.reset()
         fused = fusion.Fused(sorting_network._multipliers, "n:m")
         monkeypatch.setattr(sorting_network, "_FUSED", fused)
+        projected = fusion.Fused(sorting_network._projection, "n:m at its end")
+        monkeypatch.setattr(sorting_network, "_PROJECTED", projected)
         monkeypatch.setattr(fusion, "LEAST", 0)
         monkeypatch.setattr(fusion, "CALL", 0)
         monkeypatch.setattr(group_preconditioner, "CALL", 0)
@@ -60,6 +62,8 @@ def awkward_norms(count, dtype=torch.float32):
         (3, 1.5, 0.05, torch.float32),  # no power of two
         (1, 0.5, 0.05, torch.float32),
         (8, 4, 0.05, torch.float64),
+        (4, 2, 1.0, torch.float32),  # the projection
+        (3, 1.5, 1.0, torch.float64),
     ],
 )
 def test_a_kernel_gives_the_same_bits(kernels, backend, width, k, step, dtype):
@@ -68,8 +72,9 @@ def test_a_kernel_gives_the_same_bits(kernels, backend, width, k, step, dtype):
     want = prox_multipliers(norms, step, k, **options)
     fused = kernels(backend)
     got = prox_multipliers(norms, step, k, **options)
-    assert fused._kernel._compiled is not None
-    assert not fused._kernel._fails
+    kernel = (sorting_network._PROJECTED if step == 1 else fused)._kernel
+    assert kernel._compiled is not None
+    assert not kernel._fails
     assert torch.equal(got, want)
     exact = prox_multipliers(
         norms.double(), step, k, **options, weights=torch.ones_like(norms.double())
@@ -222,14 +227,17 @@ def fitted(folder, ckpt_path=None, **arguments):
     "arguments",
     [
         {"grouping": "2:4", "lam": Homotopy(1e-2)},
+        {"grouping": "2:4"},  # a ramp of six steps: all of them are projections
         {"grouping": "channel", "k": 0.5, "lam": Constant(0.3), "metric": "auto"},
     ],
-    ids=["2:4", "metric"],
+    ids=["2:4", "2:4 by projections", "metric"],
 )
 def test_a_resumed_run_with_kernels_has_the_same_bits(kernels, tmp_path, arguments):
     fused = kernels("inductor")
     whole = fitted(tmp_path, **arguments)
-    used = fused._kernel if arguments["grouping"] == "2:4" else group_preconditioner._TANGENTS
+    used = group_preconditioner._TANGENTS
+    if arguments["grouping"] == "2:4":
+        used = (fused if "lam" in arguments else sorting_network._PROJECTED)._kernel
     if used._fails:
         pytest.skip("no compiler")
     assert used._compiled is not None

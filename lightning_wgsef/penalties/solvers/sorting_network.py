@@ -70,6 +70,21 @@ def multipliers(
     return _FUSED(norms, parts.to(dtype), torch.tensor(numbers, dtype=dtype), anchor, work=work)
 
 
+def projection(norms: Tensor, count: int, survivor: float, *, work: int) -> Tensor:
+    """Return ``survivor`` for the strongest of every segment (ties: lower index), else 0, (S, n).
+
+    Args:
+        norms: shape (S, n), at least 0; what is zero stays so.
+        count: how many.
+        survivor: their factor.
+        work: as in `multipliers`.
+
+    >>> projection(torch.tensor([[1.0, 3.0, 1.0]]), 2, 0.5, work=3)
+    tensor([[0.5000, 0.5000, 0.0000]])
+    """
+    return _PROJECTED(norms, torch.tensor(survivor, dtype=norms.dtype), count, work=work)
+
+
 def _multipliers(
     norms: Sequence[Tensor], parts: Tensor, numbers: Tensor, anchor: int
 ) -> list[Tensor]:
@@ -98,7 +113,23 @@ def _multipliers(
     return [factors(norm, stretch, most) for norm in norms]
 
 
+def _projection(norms: Sequence[Tensor], survivor: Tensor, count: int) -> list[Tensor]:
+    """Return the factors of every group of a segment, each of shape (S,)."""
+    rows = [bits(norm) for norm in norms]
+    ahead = [torch.zeros_like(row) for row in rows]
+    for second in range(len(norms)):
+        for first in range(second):
+            wins = (rows[first] >= rows[second]).to(rows[first].dtype)
+            ahead[second] = ahead[second] + wins
+            ahead[first] = ahead[first] + (1 - wins)
+    return [
+        torch.where((place < count) & (row > 0), survivor, 0)
+        for row, place in zip(rows, ahead, strict=True)
+    ]
+
+
 _FUSED = Fused(_multipliers, "n:m")
+_PROJECTED = Fused(_projection, "n:m at its end")
 
 
 def _inverse_root(ordered: Sequence[Tensor], parts: Tensor) -> Tensor:
