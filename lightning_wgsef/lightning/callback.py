@@ -39,7 +39,7 @@ from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.penalties.base import Penalty
 from lightning_wgsef.reports.networks import network_report
 from lightning_wgsef.slimming.files import check_slim_path, save_slim
-from lightning_wgsef.slimming.slim import check_precision, slim
+from lightning_wgsef.slimming.slim import check_precision, own_multiples, slim
 from lightning_wgsef.training.checkpointing import saved_latency
 from lightning_wgsef.training.half_space import HalfSpace
 from lightning_wgsef.training.masks import Twin, apply_masks_to, twins
@@ -61,7 +61,7 @@ def write_slim(
         model: any module, with its zeros; it is not changed.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
         path: the file of `save_slim`; the report goes beside it, as JSON of the same name.
-        multiple_of: see `slim`.
+        multiple_of: see `slim`; patterns that match no layer are passed over.
 
     Returns:
         What was taken out, and what both networks need, as text.
@@ -69,7 +69,7 @@ def write_slim(
     Raises:
         ValueError: `slim` refuses, or a path that cannot be written.
     """
-    small = slim(model, example_input, multiple_of=multiple_of)
+    small = slim(model, example_input, multiple_of=own_multiples(model, multiple_of))
     report = network_report({"before": model, "slim": small}, example_input)
     save_slim(small, path)
     report.save_json(Path(path).with_suffix(".json"))

@@ -14,7 +14,7 @@ from lightning_wgsef.lightning.tensorboard import Dashboard, tensorboard_loggers
 from lightning_wgsef.network.latency import pass_times
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.reports.sparsity import sparsity_report
-from lightning_wgsef.slimming.slim import slim
+from lightning_wgsef.slimming.slim import own_multiples, slim
 from lightning_wgsef.training.freezing import forecast, warn_of_late_freeze
 from lightning_wgsef.training.regularizer import WGSEF
 from lightning_wgsef.training.schedules import warn_of_short_way
@@ -115,7 +115,8 @@ class PruningSummary:
         small = None
         if slims and example_input is not None and any(x.removable for x in groups.layers):
             try:
-                small = slim(whole, example_input, multiple_of=self.regularizer.multiple_of)
+                multiples = own_multiples(whole, self.regularizer.multiple_of)
+                small = slim(whole, example_input, multiple_of=multiples)
             except Exception:  # the table is worth having without it; slim_to says what is wrong
                 small = None
         try:

@@ -19,7 +19,7 @@ from lightning_wgsef.groups.norm_statistics import estimate_statistics
 from lightning_wgsef.groups.scope import survivors
 from lightning_wgsef.network.example_input import model_copy
 from lightning_wgsef.network.labelled_batches import Loss, checked_pairs
-from lightning_wgsef.slimming.slim import check_precision, slim
+from lightning_wgsef.slimming.slim import check_precision, own_multiples, slim
 
 # Rounds in which what fits a size and what groups cost there agree.
 _ROUNDS = 8
@@ -80,7 +80,8 @@ def prune(
         measure_importance(network, groups, named["weights"], pairs, loss)
     groups.scale_(projected(groups).to(groups.dtype))
     estimate_statistics(network, [inputs for inputs, _ in pairs])
-    small = slim(network, pairs[0][0], multiple_of=options.get("multiple_of", 1))
+    multiples = own_multiples(network, options.get("multiple_of", 1))
+    small = slim(network, pairs[0][0], multiple_of=multiples)
     _warn_of_size(small, groups, named["example_input"])
     return small
 

@@ -165,9 +165,7 @@ def slim(
     check_precision(model)
     network = model_copy(model)
     if isinstance(multiple_of, Mapping):
-        held = modules_by_name(network).items()
-        names = [name for name, module in held if name and any(True for _ in module.parameters())]
-        check_patterns("multiple_of", list(multiple_of), names)
+        check_patterns("multiple_of", list(multiple_of), _names(network))
     modes = {canonical_name(name): module.training for name, module in network.named_modules()}
     _apply(network, masks)
     network.eval()
@@ -192,6 +190,24 @@ def slim(
         module.training = modes.get(canonical_name(name), False)
     network.slimming = record  # type: ignore[assignment]  # plain data, no parameter
     return network
+
+
+def own_multiples(model: nn.Module, multiple_of: Multiple) -> Multiple:
+    """Leave out patterns of names that groups have and no layer of the model, such as "branches".
+
+    >>> own_multiples(nn.Sequential(nn.Linear(2, 2)), {"0": 2, "branches": 4})
+    {'0': 2}
+    """
+    if not isinstance(multiple_of, Mapping):
+        return multiple_of
+    names = _names(model)
+    own = {x: n for x, n in multiple_of.items() if any(matches(x, name) for name in names)}
+    return own or 1
+
+
+def _names(model: nn.Module) -> list[str]:
+    held = modules_by_name(model).items()
+    return [name for name, module in held if name and any(True for _ in module.parameters())]
 
 
 def check_precision(model: nn.Module) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_wgsef import prune
+from lightning_wgsef import group_parameters, prune
 from lightning_wgsef.groups.norm_statistics import estimate_statistics
 from lightning_wgsef.network.flops import layer_flops
 from tests.helpers.groups import mlp, raises_naming
@@ -150,6 +150,16 @@ def test_a_last_batch_of_one_sample():
     assert prune(network, pairs, 0.5)[0].out_features == 4
     with raises_naming("batches must hold", "more than one sample", "BatchNorm"):
         prune(network, pairs[-1:], 0.5)
+
+
+def test_multiples_by_a_name_that_only_groups_have():
+    """Residual blocks compete as "branches", which is no layer that slim could know."""
+    network = residual()
+    kinds = {"branches": "layer"}
+    layers = group_parameters(network, kinds, example_input=IMAGES, include="branches").layers
+    assert [layer.name for layer in layers] == ["branches"]
+    small = prune(network, batches(), {"branches": 1}, grouping=kinds, multiple_of={"branches": 2})
+    assert small(IMAGES).shape == (24, 2)
 
 
 class Shortcut(nn.Module):
