@@ -4,8 +4,8 @@ torch.compile makes a kernel of a whole function (C++ on a CPU, Triton on a GPU)
 seconds, so it is asked only for large work; torch keeps kernels on disk for later runs. Everywhere
 else, and where nothing can be compiled, the same function runs operation by operation, on a CPU in
 blocks that stay in the cache. Which of the two depends on sizes and on the machine alone, so that a
-resumed run does what an uninterrupted one does; on a CPU both give the same bits but for the order of
-sums and the last bit of square roots.
+resumed run does what an uninterrupted one does; on a CPU both give the same bits but for the order
+of sums and the last bit of square roots.
 """
 
 from __future__ import annotations
