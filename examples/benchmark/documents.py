@@ -44,7 +44,7 @@ _TABLE = re.compile(
 
 
 def _freeze(runs: list[Record], latencies: Latencies) -> str:
-    if runs[0]["method"] in ("dense", "small from scratch"):
+    if runs[0]["method"] in ("dense", "small from scratch", "prune, then train"):
         return ""
     return f"{mean_of(runs, 'before_freeze'):.1f} → {mean_of(runs, 'after_freeze'):.1f}"
 

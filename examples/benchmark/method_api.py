@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,11 +22,13 @@ class Situation:
         task: its settings.
         network: the dense network.
         example: a batch of two images.
+        batches: of images and labels to train on.
     """
 
     task: Task
     network: nn.Module
     example: Tensor
+    batches: Iterable[Any] = ()
 
     def groups(self, grouping: Any = None, **more: Any) -> dict[str, Any]:
         """Arguments of `group_parameters`, tied channels where no other grouping is named."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pytorch_lightning as pl
@@ -20,7 +21,7 @@ from examples.benchmark.baselines.pat import pat_global, pat_lasso, pat_min_spar
 from examples.benchmark.baselines.torch_pruning import TorchPruning
 from examples.benchmark.method_api import Pruning, Situation
 from examples.benchmark.suite import Task
-from lightning_wgsef import Constant, GroupLasso, HalfSpace, Homotopy, WGSEFCallback
+from lightning_wgsef import Constant, GroupLasso, HalfSpace, Homotopy, WGSEFCallback, prune
 from lightning_wgsef.training.schedules import in_steps
 
 
@@ -166,6 +167,15 @@ def _ours() -> dict[str, Method]:
     return methods
 
 
+def _pruned_first(situation: Situation, lr: float) -> Pruning:
+    """`prune` before training, which has all epochs for what is left."""
+    groups = situation.groups(scope="global", costs="flops")
+    batches = islice(situation.batches, 16)
+    options = {name: groups[name] for name in ("grouping", "exclude")}
+    small = prune(situation.network, batches, groups["k"], **options).train()
+    return Pruning(network=small, lr=lr, groups=groups)
+
+
 def _lasso(situation: Situation, value: float, half_space: HalfSpace | None) -> Pruning:
     arguments = _constant(situation, value, penalty=GroupLasso(), half_space=half_space)
     return _wgsef(situation, None, "layer", **arguments)
@@ -182,6 +192,7 @@ METHODS: dict[str, Method] = {
     "small from scratch": Method(
         "learning rate", RATES, lambda s, x: Pruning(network=smaller_network(s), lr=x)
     ),
+    "prune, then train": Method("learning rate", RATES, _pruned_first, ours=True),
     "one-shot magnitude": Method("learning rate", RATES, magnitude_once),
     "one-shot magnitude, n:m": Method(
         "learning rate",

@@ -104,7 +104,7 @@ def execute(
     if device == "cuda":
         dense = dense.to(memory_format=torch.channels_last)
     example = torch.zeros(2, *data.image_shape)
-    situation = sized(Situation(run.task, dense, example), run)
+    situation = sized(Situation(run.task, dense, example, data.train_dataloader()), run)
     pruning = METHODS[run.method].make(situation, run.value)
     network = dense if pruning.network is None else pruning.network
     original = copy.deepcopy(dense)

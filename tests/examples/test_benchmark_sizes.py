@@ -110,6 +110,7 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "PAT, global",
         "ProxSGD",
         "small from scratch",
+        "prune, then train",
     ],
 )
 def test_methods_start_from_the_dense_network_and_end_at_its_share(
@@ -134,7 +135,7 @@ def test_methods_start_from_the_dense_network_and_end_at_its_share(
         assert 0.2 < left < 0.8
     else:
         assert left == pytest.approx(0.5, rel=0.05)
-        assert isinstance(record["k"], dict)
+        assert record["k"] == 0.5 if "prune" in method else isinstance(record["k"], dict)
     if method == "small from scratch":
         assert len(record["validation"]) == 10
         assert run.task.lr == 0.1
