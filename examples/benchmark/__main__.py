@@ -86,7 +86,7 @@ def read(name: str) -> Suite:
 def write_report(suite: Suite, records: Records, folder: Path) -> list[Path]:
     """Write the tables and plots of a suite from its records; the files."""
     folder.mkdir(parents=True, exist_ok=True)
-    runs = records.all()
+    runs = suite.counted(records.all())
     command = f"python -m examples.benchmark --suite {suite.name}"
     tuned = suite.values is None
     if tuned:

@@ -103,7 +103,8 @@ def _figures(path: Path, settings: dict[str, Any]) -> list[list[str]]:
 
 
 def _rows(suite: Suite, folder: Path, settings: dict[str, Any]) -> list[list[str]]:
-    records, latencies = Records(folder / "records.jsonl").all(), read_latencies(folder)
+    records = suite.counted(Records(folder / "records.jsonl").all())
+    latencies = read_latencies(folder)
     tasks = {task.name: task for task in suite.tasks}
     for task, cell in settings["columns"]:
         check_known("a column's task", task, tasks)

@@ -182,6 +182,15 @@ class Suite:
         own = self.seeds_of.get(method, self.seeds)
         return [seed for seed in own if seed in self.seeds]
 
+    def counted(self, records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Records without those of another value than the one that the suite fixes.
+
+        >>> suite = Suite("short", (), ("dense",), fixed={"dense": 1.0})
+        >>> suite.counted([{"method": "dense", "value": 0.5}, {"method": "dense", "value": 1.0}])
+        [{'method': 'dense', 'value': 1.0}]
+        """
+        return [x for x in records if self.fixed.get(x["method"], x["value"]) == x["value"]]
+
     def only(
         self, tasks: Sequence[str] = (), methods: Sequence[str] = (), seeds: Sequence[int] = ()
     ) -> Suite:
