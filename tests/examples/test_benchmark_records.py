@@ -20,7 +20,7 @@ FILES = sorted(RESULTS.glob("*/records.jsonl"))
 KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
 COUNTS = {
     "allocation": 54,
-    "budget": 43,
+    "budget": 90,
     "cpu": 636,
     "optimizers": 94,
     "resnet20": 12,
