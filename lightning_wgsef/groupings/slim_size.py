@@ -21,7 +21,7 @@ from lightning_wgsef.network.example_input import (
     with_batch_size,
 )
 from lightning_wgsef.network.experts import expert_modules
-from lightning_wgsef.network.flops import Operation, operations
+from lightning_wgsef.network.flops import Operation, layer_flops, operations
 from lightning_wgsef.network.latency import module_calls, pass_times
 from lightning_wgsef.network.layers import canonical_name, modules_by_name
 from lightning_wgsef.network.residual import residual_blocks
@@ -123,7 +123,7 @@ def counted_size(network: nn.Module, unit: str, example_input: Any) -> float:
     """
     if unit == UNITS["flops"]:
         example_input, samples = _samples(network, example_input)
-        return sum(x.flops(x.sizes) for x in operations(network, example_input)) / samples
+        return layer_flops(network, example_input)[1] / samples
     values = [*network.parameters(), *(network.buffers() if unit == UNITS["bytes"] else ())]
     sizes = [x.element_size() if unit == UNITS["bytes"] else 1 for x in values]
     return float(sum(n * x.numel() for n, x in zip(sizes, values, strict=True)))
