@@ -91,7 +91,8 @@ def group_parameters(
         weights: penalty weights, which say what makes a group strong: "uniform", "size",
             "sqrt_size", "layer_norm", "taylor", "fisher" (see `with_weights`), a tensor with an
             entry for every group, layer after layer, or a mapping from layer names to tensors.
-            None: "uniform", or with ``scope="global"`` "layer_norm", which makes layers comparable.
+            None: "uniform", or with ``scope="global"`` "layer_norm", which makes layers comparable;
+            in training "taylor" where k is then a size of the slim network.
         costs: what a group costs, and thereby the unit of k: None, 1; "params", "flops" and
             "latency" (measured here, see `slim_size`), what `slim` takes out of the network with
             it, of everything that makes or reads it: with ``scope="global"`` the slim network has

@@ -94,8 +94,9 @@ def with_weights(
 def _to_be_measured(layer: GroupedLayer, weights: str) -> GroupedLayer:
     if not any(member.parameter.requires_grad for member in layer.members):
         raise ValueError(
-            f"weights={weights!r} is measured from gradients, of which the frozen layer "
-            f"'{layer.name}' ({layer.grouping}) has none; leave it out, or take 'layer_norm'"
+            f"weights={weights!r} (in training the default of a size with scope='global') is "
+            f"measured from gradients, of which the frozen layer '{layer.name}' ({layer.grouping}) "
+            "has none; leave it out, or take 'layer_norm'"
         )
     return replace(layer, weights=torch.ones(layer.count))
 

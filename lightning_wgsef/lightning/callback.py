@@ -116,7 +116,7 @@ class WGSEFCallback(Callback):
             patterns of layer names to these. None: "channel", or with ``masks`` what was pruned.
         scope: "layer", or "global": all layers compete for one budget.
         weights: what makes a group strong: "uniform", "size", "sqrt_size", "layer_norm", "taylor"
-            or "fisher" (what the loss would lose with it, from gradients), or tensors.
+            or "fisher" (by the loss), or tensors; None: norms, or "taylor" where all share a size.
         costs: what a group costs: None (1), "params", "flops" or "latency" (measured when the fit
             starts; with ``scope="global"`` k is then the share of the slim network), or tensors.
         example_input: for what follows a forward pass ("structure", "layer", sizes and costs);

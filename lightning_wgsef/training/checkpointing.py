@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from lightning_wgsef.groupings.weights import MEASURED
 from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.training.saved_grouping import said_of
 
@@ -30,7 +31,8 @@ class Entry(NamedTuple):
 
     Attributes:
         place: the attribute of the pruner that holds it.
-        kind: "steps", "flag", or the numbers of a tensor, "bool" or "float".
+        kind: "steps", "flag", a "name" of weights that are measured, or the numbers of a tensor,
+            "bool" or "float".
         per: what a tensor has an entry for: every "group", "layer" or "segment", or every "time"
             that was measured; with "mask" it is a dict of tensors, one for every layer, that have
             one for every group.
@@ -57,6 +59,7 @@ ENTRIES = {
     "collapse_reported": Entry("collapse_reported", "flag"),
     "remainder": Entry("step.remainder", "float", "group", "at least 0 and at most 1"),
     "shares": Entry("step.shares", "float", "group", "at least 0 and at most 1"),
+    "importance": Entry("importance", "name", given=True, optional=True),
     "weights": Entry("groups.weights", "float", "group", "positive", given=True),
     "costs": Entry("groups.costs", "float", "group", "positive", given=True),
     "budgets": Entry("groups.budgets", "float", "segment", "positive", given=True),
@@ -194,6 +197,8 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
         elif entry.kind == "flag":
             if not isinstance(value, bool):
                 _refuse(name, "True or False", value)
+        elif entry.kind == "name":
+            _check_measured(value, like[name], searching=saved["masks"] is None)
         elif entry.given and _of_other_arguments(value, like[name]):
             raise ValueError(
                 f"the arguments changed: the saved run has {_shown(value)} for {name}, this one "
@@ -211,6 +216,19 @@ def check_state(saved: Mapping[str, Any], like: Mapping[str, Any], groups: Group
                 _check_tensor(f"{name}[{layer!r}]", mask, counts[layer], entry)
         else:
             _check_tensor(name, value, sizes[entry.per], entry)
+
+
+def _check_measured(value: object, now: object, *, searching: bool) -> None:
+    """Raise `ValueError` for weights of other gradients: a mean of both would mean nothing."""
+    if value is not None and not (isinstance(value, str) and value in MEASURED):
+        _refuse("importance", f"None or one of {', '.join(map(repr, MEASURED))}", value)
+    if searching and value != now:
+        before, own = (f"weights={x!r}" if x else "weights not measured" for x in (value, now))
+        named = before if value else "weights= of before ('layer_norm' where none were named)"
+        raise ValueError(
+            f"the arguments changed: the saved run has {before}, this one {own}; resume with "
+            f"{named}, or start a new fit from the checkpoint's weights, without ckpt_path"
+        )
 
 
 def _check_tensor(name: str, value: object, size: int, entry: Entry) -> None:

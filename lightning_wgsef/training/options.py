@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict
 
 from typing_extensions import Unpack
 
-from lightning_wgsef.groupings.budget import DEFAULT_K, Budget
+from lightning_wgsef.groupings.budget import DEFAULT_K, Budget, measure_of
 from lightning_wgsef.groupings.costs import Costs
 from lightning_wgsef.groupings.group_parameters import check_arguments, group_parameters
 from lightning_wgsef.groupings.registry import DEFAULT_GROUPING, Grouping
@@ -29,7 +29,8 @@ class PruningOptions(TypedDict, total=False):
     Attributes:
         scope: see `group_parameters`, as for weights, costs, example_input, overlap, include and
             exclude.
-        weights: what makes a group strong.
+        weights: what makes a group strong; None: "taylor" where all layers compete for one size of
+            the slim network in the metric "identity", else as in `group_parameters`.
         costs: what a group costs.
         example_input: for what follows a forward pass.
         overlap: what happens to a layer that claims weights of one before it.
@@ -154,7 +155,9 @@ class Settings:
         self.schedule = as_schedule(lam, options["freeze"], has_budget)
         self.debias = resolve_debias(options["debias"], self.schedule)
         check_step(options["metric"], self.penalty, self.schedule, self.debias, options["scope"])
-        weights = options["weights"]
+        if _competes_for_a_size(self.grouping, options):
+            self.grouping["weights"] = "taylor"
+        weights = self.grouping["weights"]
         self.importance = weights if isinstance(weights, str) and weights in MEASURED else None
         if self.importance is not None and options["metric"] != "identity":
             raise ValueError(
@@ -163,6 +166,14 @@ class Settings:
             )
         self.half_space = as_half_space(options["half_space"])
         check_order(options["freeze"], self.schedule, self.ramp, self.half_space)
+
+
+def _competes_for_a_size(grouping: dict[str, Any], options: PruningOptions) -> bool:
+    """Return whether layers compete for a size, and nobody says what makes them comparable."""
+    if options["masks"] is not None or options["metric"] != "identity":
+        return False
+    sized = measure_of(grouping["k"], grouping["costs"]) is not None
+    return sized and grouping["scope"] == "global" and grouping["weights"] is None
 
 
 def _check_masks_alone(

@@ -63,6 +63,7 @@ class Pruner:
         self.total_steps = step.total_steps
         self.taken = 0
         self.masks = masks
+        self.importance = importance
         self.freeze_rule = FreezeRule(freeze, step.schedule, step.total_steps)
         self.start_norms: Tensor | None = None
         self.collapse_reported = False

@@ -7,7 +7,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_wgsef import WGSEF, Homotopy, WGSEFCallback
+from lightning_wgsef import WGSEF, CubicRamp, Homotopy, WGSEFCallback
 from tests.helpers.groups import batches, dense_network, mlp, raises_naming
 from tests.helpers.networks.scope import IMAGES, loader, pictures
 from tests.helpers.trainers import make_trainer
@@ -229,3 +229,62 @@ def test_what_has_no_gradients_is_refused():
         WGSEF(model, weights="taylor", include=["2", "3"])
     with raises_naming("metric must be 'identity' with weights='fisher'", "'auto'"):
         WGSEFCallback(weights="fisher", metric="auto")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"k": 0.5, "scope": "global", "costs": "flops"}, "taylor"),
+        ({"k": 0.5, "scope": "global", "costs": "params"}, "taylor"),
+        ({"k": CubicRamp(0.5, length=0.3), "scope": "global", "costs": "params"}, "taylor"),
+        ({"k": "60 kFLOPs", "scope": "global"}, "taylor"),
+        ({"k": "60 kFLOPs", "scope": "global", "weights": "fisher"}, "fisher"),
+        ({"k": "60 kFLOPs", "scope": "global", "weights": "layer_norm"}, None),
+        ({"k": "60 kFLOPs"}, None),  # the same share of every layer
+        ({"k": 0.5, "costs": "flops"}, None),
+        ({"k": 0.5, "scope": "global"}, None),  # a number of groups is no size
+        ({"k": "60 kFLOPs", "scope": "global", "metric": "auto"}, None),  # which has its own
+    ],
+)
+def test_layers_that_compete_for_a_size_are_compared_by_the_loss(arguments, expected):
+
+    def step(**more):
+        model = pictures()
+        more = {"grouping": "structure", "example_input": IMAGES, "total_steps": 8, **more}
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+        regularizer = WGSEF(model, **more).attach(optimizer)
+        model(IMAGES.expand(2, -1, -1, -1)).square().mean().backward()
+        optimizer.step()
+        return regularizer.pruners, nn.utils.parameters_to_vector(model.parameters())
+
+    pruners, weights = step(**arguments)
+    assert {pruner.importance for pruner in pruners} == {expected}
+    if expected:
+        assert torch.equal(weights, step(**arguments | {"weights": expected})[1])
+
+
+def test_a_run_goes_on_with_the_importance_it_began_with():
+    """Means of two kinds would mean nothing; a fixed mask needs none."""
+
+    def train(count, **arguments):
+        model = dense_network()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        more = {"scope": "global", "lam": Homotopy(length=6), **arguments}
+        regularizer = WGSEF(model, 5, **more).attach(optimizer)
+        for part in batches(count):
+            gradients(model, [part])
+            optimizer.step()
+        return regularizer
+
+    taylor = {"weights": "taylor"}
+    half, frozen = train(3, **taylor).state_dict(), train(8, **taylor).state_dict()
+    train(0, **taylor).load_state_dict(half)
+    with raises_naming("weights='taylor'", "weights='fisher'", "without ckpt_path"):
+        train(0, weights="fisher").load_state_dict(half)
+    with raises_naming("weights='taylor'", "weights not measured"):
+        train(0).load_state_dict(half)
+    with raises_naming("weights not measured", "this one weights='taylor'", "'layer_norm'"):
+        train(0, **taylor).load_state_dict(train(3).state_dict())
+    again = train(0, weights="fisher")
+    again.load_state_dict(frozen)
+    assert again.frozen

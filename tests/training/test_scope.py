@@ -176,7 +176,7 @@ def test_the_strongest_is_so_by_the_weights_of_ones_own():
 
 TOTAL = sum(FLOPS.values())
 SMALL = {"conv2": 1e-3}
-NOW = {"lam": Homotopy(length=1), "scope": "global"}
+NOW = {"lam": Homotopy(length=1), "scope": "global", "weights": "layer_norm"}
 
 
 def costs_of(costs):
@@ -573,7 +573,7 @@ def test_a_state_of_a_plain_loop_brings_weights_and_budgets():
         optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
         example = torch.ones(1, 4, dtype=torch.float64)
         more = {"scope": "global", "costs": "params", "lam": Homotopy(length=20)}
-        more["example_input"] = example
+        more |= {"weights": "layer_norm", "example_input": example}
         return model, optimizer, WGSEF(model, 0.6, **more).attach(optimizer)
 
     first, second = made(1.0), made(30.0)
