@@ -513,10 +513,12 @@ class WGSEFCallback(Callback):
         thawed = self.regularizer.thawed()
         if thawed and not self._said_thawed:
             self._said_thawed = True
+            # Layers that share one budget begin together, in one optimizer.
+            alone = "with scope='layer' " if self.regularizer.groups.is_global else ""
             warnings.warn(
                 f"{', '.join(thawed)}: frozen when the fit began, trained now, and in no group: "
-                f"they stay dense. include={thawed} groups frozen layers from the start; they "
-                "compete as soon as they train",
+                f"they stay dense. {alone}include={thawed} groups frozen layers from the start; "
+                "they compete as soon as they train",
                 stacklevel=2,
             )
 

@@ -147,12 +147,15 @@ class Thawing(Net):
                 self.optimizers().optimizer.add_param_group({"params": self.net[2].parameters()})
 
 
-@pytest.mark.parametrize("later", [False, True])
-def test_a_layer_that_thaws_is_said(later: bool) -> None:
-    callback = WGSEFCallback(k=K)
+@pytest.mark.parametrize(
+    ("later", "scope", "how"), [(False, "layer", ""), (True, "global", "with scope='layer' ")]
+)
+def test_a_layer_that_thaws_is_said(later: bool, scope: Any, how: str) -> None:
+    """What compete for one budget begin together."""
+    callback = WGSEFCallback(k=K, scope=scope)
     trainer = make_trainer([callback], max_epochs=4)
     with pytest.warns(
-        UserWarning, match=r"^net\.2: frozen when the fit began.*include=\['net.2'\]"
+        UserWarning, match=rf"^net\.2: frozen when the fit began.*dense\. {how}include=\['net.2'\]"
     ):
         trainer.fit(Thawing(later), data())
     assert list(callback.regularizer.masks) == ["net.4"]
