@@ -49,7 +49,8 @@ dense network that came out, and in brackets how far below the budget that is, i
 cheapest step costs that could still be added, a group or with `multiple_of=8` eight channels: from
 0 to 1 the budget is used as far as it can be. "least" says what is left where every layer keeps one
 group (or one multiple), if that is more than was asked for, which is refused with these words. Of
-LeNet-5's first layer, with six channels, any number may stay. torch counts no FLOPs of an LSTM.
+LeNet-5's first layer, with six channels, any number may stay. FLOPs of the LSTM, which torch does
+not count, are two a weight and step.
 """
 
 
@@ -269,8 +270,7 @@ def shown(cell: dict[str, Any] | None) -> str:
     if "refused" in cell:
         words = cell["refused"]
         least = words.partition("must lie between ")[2].partition("(")[2].partition(")")[0]
-        none = "none counted" if "cost no" in words else words
-        return f"least {least}" if least else none
+        return f"least {least}" if least else words
     return f"{cell['left']:.2%} ({cell['steps']:.2f})"
 
 
