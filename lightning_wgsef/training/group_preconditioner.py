@@ -1,11 +1,13 @@
 r"""Preconditioner D of an optimizer, summed over groups, and the proximal step in its metric.
 
 Everything walks over the weights in chunks: where nothing is compiled, such that stay in the cache.
+D is computed anew in every pass, from what the optimizer keeps: a pass takes as long as reading
+memory does, and D of its own would be as much again to write and read.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +15,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_wgsef.groups.groups import Groups
-from lightning_wgsef.groups.members import Chunk, chunks, joined, laid_along
+from lightning_wgsef.groups.members import Chunk, Member, chunks, joined, laid_along
 from lightning_wgsef.training.preconditioners import Formula, Preconditioner
-from lightning_wgsef.utils.fusion import CALL, SLAB, Kernel
+from lightning_wgsef.utils.fusion import CALL, Kernel
 
 # The largest debias * t in units of D, which it must not reach.
 LARGEST = 1 - 1e-6
@@ -23,37 +25,17 @@ LARGEST = 1 - 1e-6
 # Rows that a kernel sums at once, where slices run down columns: over so few it goes along memory.
 _BLOCK = 8
 
+# A function, its tensors, shaped like weights, and its numbers that give D of them.
+_Metric = tuple[Callable[..., Tensor], Sequence[Tensor], Sequence[float | Tensor]]
+
 # Compiled, a weight here saves so many times the time that one of n:m does.
 _OPERATIONS = 4
-
-
-class _Part(Mapping[str, Any]):
-    """The state of a parameter, whose entries are cut to a chunk when they are asked for."""
-
-    def __init__(self, state: Mapping[str, Any], chunk: Chunk) -> None:
-        self._state, self._chunk = state, chunk
-
-    def __getitem__(self, key: str) -> Any:
-        value, member = self._state[key], self._chunk.member
-        like = _is_like(value, member.parameter)
-        return self._chunk.of(member.own(value)) if like else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._state)
-
-    def __len__(self) -> int:
-        return len(self._state)
-
-
-def _is_like(value: object, parameter: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
 
 
 class GroupPreconditioner:
     """The diagonal metric in which ``optimizer`` steps, for groups that it trains.
 
-    A parameter that has not taken a step yet has D = 1. D is held for all weights of the groups,
-    since its square roots are expensive; `refresh` reads it from the optimizer.
+    A parameter that has not taken a step yet has D = 1. `refresh` finds where D is to be read.
     """
 
     def __init__(self, groups: Groups, optimizer: Optimizer, preconditioner: Preconditioner):
@@ -67,113 +49,92 @@ class GroupPreconditioner:
         }
         work = _OPERATIONS * sum(member.weights.numel() for member in groups.layout.members)
         self._cut(all(kernel.pays(work) for kernel in (_SQUARES, _TANGENTS, _SCALING)))
-        self._diagonals: list[Tensor] = []
+        self._metrics: list[_Metric] = []
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Read D from the state of the optimizer as it is now."""
-        if not self._diagonals:
-            self._diagonals = [
-                torch.empty_like(member.weights, dtype=self.groups.dtype)
-                for member in self.groups.layout.members
-            ]
-        for number, diagonal in enumerate(self._diagonals):
-            for chunk in self._of_state(number):
-                self._read(_DIAGONALS, chunk, chunk.of(diagonal))
+        """Look up what gives D in the state of the optimizer as it is now."""
+        self._metrics = [self._metric_of(member) for member in self.groups.layout.members]
 
     def norms(self) -> Tensor:
         r"""Return the norm of every group, :math:`(\sum D_i \theta_i^2)^{1/2}`, shape (m,)."""
-        return self._sums(_SQUARES)[0].sqrt_()
+        return self._sums(_SQUARES, self.groups.dtype)[0].sqrt_()
 
     def means(self) -> Tensor:
         """Return the mean of D over every group, shape (m,)."""
-        nothing = torch.empty(0, dtype=self.groups.dtype)
-        totals = []
-        for number, member in enumerate(self.groups.layout.members):
-            sums = [
-                chunk.of_slices(self._read(_TOTALS, chunk, nothing, chunk.summed))
-                for chunk in self._of_state(number)
-            ]
-            totals.append(joined(member, sums))
-        total = self.groups.layout.gathered(totals)
+        (total,) = self._sums(_TOTALS, self.groups.dtype)
         return total / self.groups.sizes.to(total)
 
     def sums(self, shares: Tensor, thresholds: Tensor, debias: float) -> tuple[Tensor, Tensor]:
         """Return what `metric_shares` asks for at these shares: two sums over every group, (m,)."""
-        squares, slopes = self._sums(_TANGENTS, shares, thresholds, debias=debias)
+        squares, slopes = self._sums(_TANGENTS, debias, shares, thresholds)
         return squares.double(), slopes.double()
 
     def scale_(
         self, shares: Tensor, thresholds: Tensor, debias: float, allowed: Tensor | None
     ) -> None:
         r"""Apply the prox with these shares, in place: multiply by D u / ((D - γt) u + t)."""
-        for chunk, metric, per_slice in self._walk(shares, thresholds):
-            values = chunk.of(chunk.member.weights)
-            self._apply(_SCALING, chunk, values, metric, *per_slice, debias, allowed)
+        for chunk, values, metric, per_slice in self._walk(shares, thresholds):
+            self._apply(_SCALING, chunk, metric, values, debias, allowed, *per_slice)
 
-    def _of_state(self, number: int) -> list[Chunk]:
-        """Return the chunks of a member in which the state of its parameter can be read."""
-        member = self.groups.layout.members[number]
-        state = self.optimizer.state.get(member.parameter, {})
-        alike = all(
-            member.own(value).is_contiguous()
-            for value in state.values()
-            if _is_like(value, member.parameter)
-        )
-        return self._read_chunks[number] if alike else [Chunk(member, None)]
-
-    def _read(self, kernel: Kernel, chunk: Chunk, *given: Any) -> Any:
-        """Apply a function of D, as the state of the optimizer is now, to a chunk."""
-        parameter = chunk.member.parameter
+    def _metric_of(self, member: Member) -> _Metric:
+        """Return what gives D of a member's weights; its tensors lie in memory as these do."""
+        weights, parameter = member.weights, member.parameter
         state = self.optimizer.state.get(parameter)
         if not state:
-            return kernel.function(*given, torch.ones_like, chunk.of(chunk.member.weights))
-        part, settings = _Part(state, chunk), self._settings.get(id(parameter), {})
-        if self._compiles and isinstance(self.preconditioner, Formula):
-            tensors = self.preconditioner.tensors(part, settings)
-            if chunk.rows is not None and tensors[0].numel() >= CALL:
-                # In the precision of D: that is how operations take them one by one.
-                numbers = [
-                    torch.as_tensor(x, dtype=tensors[0].dtype, device=tensors[0].device)
-                    for x in self.preconditioner.numbers(state, settings)
-                ]
-                return self._apply(
-                    kernel, chunk, *given, self.preconditioner.of, *tensors, *numbers
-                )
-        return kernel.function(*given, self.preconditioner, part, settings)
+            return _as_it_is, [torch.ones_like(weights, dtype=self.groups.dtype)], ()
+        own = {
+            key: member.own(value) if _is_like(value, parameter) else value
+            for key, value in state.items()
+        }
+        of, settings = self.preconditioner, self._settings.get(id(parameter), {})
+        if isinstance(of, Formula):
+            metric, tensors, numbers = of.of, of.tensors(own, settings), of.numbers(own, settings)
+        else:
+            metric, tensors, numbers = _as_it_is, [of(own, settings)], ()
+        alike = [
+            x
+            if x.stride() == weights.stride()
+            else torch.empty_like(weights, dtype=x.dtype).copy_(x)
+            for x in tensors
+        ]
+        return metric, alike, numbers
 
-    def _apply(self, kernel: Kernel, chunk: Chunk, *given: Any) -> Any:
+    def _apply(self, kernel: Kernel, chunk: Chunk, metric: _Metric, *given: Any) -> Any:
         """Apply a function to a chunk: compiled where that pays, else operation by operation."""
-        numbers = max(x.numel() for x in given if isinstance(x, Tensor))
-        if self._compiles and chunk.rows is not None and numbers >= CALL:
-            kind = str([(x.dim(), x.dtype) if isinstance(x, Tensor) else x for x in given])
-            result = kernel(*given, kind=kind)
+        of, tensors, numbers = metric
+        if self._compiles and chunk.rows is not None and tensors[0].numel() >= CALL:
+            # In the precision of D: that is how operations take them one by one.
+            precise = torch.promote_types(tensors[0].dtype, torch.float32)
+            device = tensors[0].device
+            exact = [torch.as_tensor(x, dtype=precise, device=device) for x in numbers]
+            compiled = [*given, of, *tensors, *exact]
+            kind = str([(x.dim(), x.dtype) if isinstance(x, Tensor) else x for x in compiled])
+            result = kernel(*compiled, kind=kind)
             if result is not None:
                 return result
             self._cut(compiles=False)
-        return kernel.function(*given)
+        return kernel.function(*given, of, *tensors, *numbers)
 
     def _cut(self, compiles: bool) -> None:
-        """Cut members into chunks: large ones for kernels, else such as the cache holds."""
+        """Cut members into chunks: whole ones for kernels, else such as the cache holds."""
         self._compiles = compiles
-        size = {"numbers": SLAB} if compiles else {}
-        self._chunks = [list(chunks(member, **size)) for member in self.groups.layout.members]
-        # The others read D operation by operation.
-        large = isinstance(self.preconditioner, Formula)
-        self._read_chunks = (
-            self._chunks if large else [list(chunks(x)) for x in self.groups.layout.members]
-        )
+        self._chunks = [
+            list(chunks(member, member.weights.numel()) if compiles else chunks(member))
+            for member in self.groups.layout.members
+        ]
 
-    def _sums(self, kernel: Kernel, *per_group: Tensor, **settings: float) -> list[Tensor]:
+    def _sums(self, kernel: Kernel, setting: Any, *per_group: Tensor) -> list[Tensor]:
         """Sum over every group the terms that a function has for values, D, per-group numbers."""
         totals: dict[int, list[list[Tensor]]] = {}
-        for chunk, metric, per_slice in self._walk(*per_group):
-            values, axes = chunk.of(chunk.member.weights), chunk.summed
-            blocks = self._compiles and chunk.rows is not None and axes == (0,)
-            if blocks := blocks and not len(values) % _BLOCK:
-                values, metric = (x.view(-1, _BLOCK, x.shape[1]) for x in (values, metric))
-                axes = (1,)
-            sums = self._apply(kernel, chunk, values, metric, axes, *per_slice, *settings.values())
+        for chunk, values, metric, per_slice in self._walk(*per_group):
+            axes, blocks = chunk.summed, 0
+            if self._compiles and chunk.rows is not None and axes == (0,):
+                blocks = 0 if len(values) % _BLOCK else len(values) // _BLOCK
+            if blocks:
+                values, axes = values.view(blocks, _BLOCK, -1), (1,)
+                metric = metric[0], [x.view(blocks, _BLOCK, -1) for x in metric[1]], metric[2]
+            sums = self._apply(kernel, chunk, metric, values, axes, setting, *per_slice)
             if blocks:
                 sums = [total.sum(0) for total in sums]
             parts = [chunk.of_slices(total) for total in sums]
@@ -184,8 +145,10 @@ class GroupPreconditioner:
         ]
         return [self.groups.layout.gathered(terms) for terms in zip(*per_member, strict=True)]
 
-    def _walk(self, *per_group: Tensor) -> Iterator[tuple[Chunk, Tensor, tuple[Tensor, ...]]]:
-        """Yield every chunk with its part of D and the per-group numbers laid along it.
+    def _walk(
+        self, *per_group: Tensor
+    ) -> Iterator[tuple[Chunk, Tensor, _Metric, tuple[Tensor, ...]]]:
+        """Yield every chunk with its values, its part of D and the numbers of groups along it.
 
         The numbers are shares and thresholds: 1 and 0 leave what is in no group as it is.
         """
@@ -196,51 +159,75 @@ class GroupPreconditioner:
         ]
         for number, member in enumerate(self.groups.layout.members):
             laid = [laid_along(member, vectors[number]) for vectors in per_member]
+            metric, tensors, numbers = self._metrics[number]
             for chunk in self._chunks[number]:
-                yield chunk, chunk.of(self._diagonals[number]), tuple(map(chunk.part, laid))
+                own = metric, [chunk.of(tensor) for tensor in tensors], numbers
+                yield chunk, chunk.of(member.weights), own, tuple(map(chunk.part, laid))
 
 
-def _squares(values: Tensor, metric: Tensor, axes: tuple[int, ...]) -> list[Tensor]:
-    return [_summed(values.to(metric.dtype).square() * metric, axes)]
+def _is_like(value: object, parameter: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape == parameter.shape and value.dim() > 0
 
 
-def _diagonals(out: Tensor, metric: Callable[..., Tensor], *given: Any) -> Tensor:
-    return out.copy_(metric(*given))
+def _as_it_is(metric: Tensor) -> Tensor:
+    return metric
+
+
+# Of what follows, ``of`` and ``given`` are the parts of a `_Metric`.
+
+
+def _squares(
+    values: Tensor,
+    axes: tuple[int, ...],
+    dtype: torch.dtype,
+    of: Callable[..., Tensor],
+    *given: Any,
+) -> list[Tensor]:
+    return [_summed(values.to(dtype).square() * of(*given).to(dtype), axes)]
 
 
 def _totals(
-    like: Tensor, axes: tuple[int, ...], metric: Callable[..., Tensor], *given: Any
-) -> Tensor:
-    return _summed(metric(*given).to(like.dtype), axes)
+    values: Tensor,
+    axes: tuple[int, ...],
+    dtype: torch.dtype,
+    of: Callable[..., Tensor],
+    *given: Any,
+) -> list[Tensor]:
+    return [_summed(of(*given).to(dtype), axes)]
 
 
 def _tangents(
     values: Tensor,
-    metric: Tensor,
     axes: tuple[int, ...],
+    debias: float,
     share: Tensor,
     threshold: Tensor,
-    debias: float,
+    of: Callable[..., Tensor],
+    *given: Any,
 ) -> list[Tensor]:
     """Return the two sums of `Sums` over ``axes``; what is given broadcasts with the values."""
+    metric = of(*given).to(share.dtype)
     limited = _limited(threshold, metric, debias)
     reduced = metric if debias == 0 else metric - debias * limited
     denominators = reduced * share + limited
-    squares = (metric * values.to(metric.dtype) / denominators).square()
+    ratios = metric / denominators  # divisions and roots are what takes time here
+    squares = (ratios * values.to(metric.dtype)).square()
     if debias > 0:
-        squares = squares * limited / threshold
-    return [_summed(squares, axes), _summed(reduced / denominators * squares, axes)]
+        squares, ratios = squares * limited / threshold, reduced / denominators
+    return [_summed(squares, axes), _summed(ratios * squares, axes)]
 
 
 def _scaling(
     values: Tensor,
-    metric: Tensor,
-    share: Tensor,
-    threshold: Tensor,
     debias: float,
     allowed: Tensor | None,
+    share: Tensor,
+    threshold: Tensor,
+    of: Callable[..., Tensor],
+    *given: Any,
 ) -> Tensor:
     """Multiply values by the factors of `GroupPreconditioner.scale_`, in place."""
+    metric = of(*given).to(share.dtype)
     limited = _limited(threshold, metric, debias)
     kept = metric * share
     # Like this, the factor of a share of 1 is exactly 1 where debias is.
@@ -260,7 +247,6 @@ def _summed(terms: Tensor, axes: tuple[int, ...]) -> Tensor:
 
 
 _SQUARES = Kernel(_squares, "norms in a metric")
-_DIAGONALS = Kernel(_diagonals, "reading a metric")
 _TOTALS = Kernel(_totals, "means of a metric")
 _TANGENTS = Kernel(_tangents, "a metric")
 _SCALING = Kernel(_scaling, "scaling in a metric")

@@ -104,7 +104,7 @@ class Formula:
     Attributes:
         keys: from settings to the entries of the state that are read for every weight.
         numbers: from state and settings to what is the same for all weights.
-        of: from these entries, in the type to compute in, and these numbers to D.
+        of: from these entries and these numbers to D.
     """
 
     keys: Callable[[Mapping[str, Any]], Sequence[str]]
@@ -117,16 +117,16 @@ class Formula:
 
     def tensors(self, state: Mapping[str, Any], group: Mapping[str, Any]) -> list[Tensor]:
         """Return the entries of the state that are read for every weight."""
-        return [_wide(state[key]) for key in self.keys(group)]
+        return [state[key] for key in self.keys(group)]
 
 
 def _adam_numbers(state: Mapping[str, Any], group: Mapping[str, Any]) -> Sequence[float | Tensor]:
     correction = 1 - _number(group["betas"][1]) ** _steps(state)
-    return correction**0.5, group["eps"]
+    return correction**-0.5, group["eps"]
 
 
-def _adam(square: Tensor, divisor: float | Tensor, eps: float | Tensor) -> Tensor:
-    return square.sqrt().div_(divisor).add_(eps)
+def _adam(square: Tensor, factor: float | Tensor, eps: float | Tensor) -> Tensor:
+    return _wide(square).sqrt().mul_(factor).add_(eps)
 
 
 def _radam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
@@ -143,22 +143,20 @@ def _radam(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
     return torch.where(length > 5, metric, 1.0) if isinstance(length, Tensor) else metric
 
 
-def _adamax(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+def _adamax(largest: Tensor, eps: float | Tensor) -> Tensor:
     # A step leaves eps at least: less are moments that were cleared since.
-    return _wide(state["exp_inf"]).clamp(min=group["eps"])
+    return _wide(largest).clamp(min=eps)
 
 
-def _adagrad(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    decay = 1 + (_steps(state) - 1) * group["lr_decay"]
-    metric: Tensor = (_wide(state["sum"]).sqrt() + group["eps"]) * decay
-    return metric
+def _adagrad(total: Tensor, eps: float | Tensor, decay: float | Tensor) -> Tensor:
+    return (_wide(total).sqrt() + eps) * decay
 
 
-def _rmsprop(state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
-    square = _wide(state["square_avg"])
-    if group["centered"]:  # a variance; constant gradients leave a rounded zero of either sign
-        square = (square - _wide(state["grad_avg"]) ** 2).clamp(min=0)
-    metric: Tensor = square.sqrt() + group["eps"]
+def _rmsprop(square: Tensor, *others: Any) -> Tensor:
+    square, (*means, eps) = _wide(square), others
+    for mean in means:  # a variance; constant gradients leave a rounded zero of either sign
+        square = (square - _wide(mean) ** 2).clamp(min=0)
+    metric: Tensor = square.sqrt() + eps
     return metric
 
 
@@ -168,14 +166,28 @@ _ADAM = Formula(
     _adam,
 )
 
+_ADAMAX = Formula(lambda group: ("exp_inf",), lambda state, group: (group["eps"],), _adamax)
+
+_ADAGRAD = Formula(
+    lambda group: ("sum",),
+    lambda state, group: (group["eps"], 1 + (_steps(state) - 1) * group["lr_decay"]),
+    _adagrad,
+)
+
+_RMSPROP = Formula(
+    lambda group: ("square_avg", "grad_avg") if group["centered"] else ("square_avg",),
+    lambda state, group: (group["eps"],),
+    _rmsprop,
+)
+
 _ADAPTERS: dict[type[Optimizer], Preconditioner | None] = {
     Adam: _ADAM,
     AdamW: _ADAM,  # in older releases of torch no subclass of Adam
     NAdam: _ADAM,
     RAdam: _radam,
-    Adamax: _adamax,
-    Adagrad: _adagrad,
-    RMSprop: _rmsprop,
+    Adamax: _ADAMAX,
+    Adagrad: _ADAGRAD,
+    RMSprop: _RMSPROP,
     SGD: None,
 }
 

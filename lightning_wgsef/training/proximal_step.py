@@ -118,8 +118,8 @@ class ProximalStep:
     def norms(self) -> Tensor:
         """Return the norm of every group as the penalty measures it, shape (m,)."""
         metric = self._metric if self.schedule.homotopy else None
-        if self._metric is not None and (self._exact or (metric and not self._averaged)):
-            self._metric.refresh()  # for every weight; means are read when they are asked for
+        if self._metric is not None:
+            self._metric.refresh()
         if metric is None:
             norms = self.groups.norms()
         elif self._averaged:
