@@ -25,7 +25,7 @@ COUNTS = {
     "optimizers": 94,
     "resnet20": 16,
     "sensitivity": 96,
-    "two_of_four": 25,
+    "two_of_four": 49,
 }
 
 
