@@ -23,9 +23,9 @@ from torch import Tensor
 # seconds or so and saves three nanoseconds for each of them (`make bench BENCH="-k two_of_four"`).
 LEAST = 2**25
 
-# Numbers of one call of what was compiled: a call costs little beside so many. It keeps twice as
-# many on the way, in memory that it finds again: pages of larger pieces are new every time.
-SLAB = 2**20
+# Numbers of one call of what was compiled: it keeps twice as many on the way, and a call costs
+# little beside so many.
+SLAB = 2**22
 
 # A call of what was compiled costs as much as this many numbers do operation by operation.
 CALL = 2**15
