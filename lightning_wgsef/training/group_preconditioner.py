@@ -210,7 +210,7 @@ def _tangents(
     limited = _limited(threshold, metric, debias)
     reduced = metric if debias == 0 else metric - debias * limited
     denominators = reduced * share + limited
-    ratios = metric / denominators  # divisions and roots are what takes time here
+    ratios = metric / denominators
     squares = (ratios * values.to(metric.dtype)).square()
     if debias > 0:
         squares, ratios = squares * limited / threshold, reduced / denominators
