@@ -100,7 +100,10 @@ def check_budget(k: Budget, scope: str = "layer") -> None:
         check_count_or_share(f"k[{pattern!r}]", value, "groups")
 
 
-_A_SIZE = f"a size such as '120 MFLOPs', '4 MB', '800 kparams' or '5 ms' (units: {_NAMED_UNITS})"
+_A_SIZE = (
+    f"a size such as '120 MFLOPs', '4 MB', '800 kparams' or '5 ms' (units: {_NAMED_UNITS}; half of "
+    "the dense network's is k=0.5, scope='global', costs='flops', 'params' or 'latency')"
+)
 
 
 def measure_of(k: Budget, costs: Costs | KnownLatency) -> str | None:

@@ -129,7 +129,7 @@ class GroupedLayer:
 
     @property
     def largest_member(self) -> Member:
-        """The member with most weights: its optimizer settings are those of the groups."""
+        """The member with most weights."""
         return max(self.members, key=lambda member: member.parameter.numel())
 
     def sizes(self) -> Tensor:

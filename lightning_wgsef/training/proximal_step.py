@@ -20,7 +20,8 @@ from lightning_wgsef.training.schedules import Schedule
 
 METRICS = ("auto", "group", "identity")
 
-# Shares that the warm-started metric prox may be off by: a tangent's error is quadratic.
+# The tangent that moves no share by more is the last: what it leaves is quadratic in the move, 1e-7
+# or so, which is what float32 leaves, too.
 _SHARE_TOLERANCE = 1e-3
 
 _TANGENTS = 4
@@ -99,7 +100,7 @@ class ProximalStep:
         self.follow(optimizer)
 
     def follow(self, optimizer: Optimizer) -> None:
-        """Read learning rates and metric of this optimizer from now on."""
+        """Read learning rates and metric of this optimizer, as it is now, from now on."""
         self.optimizer = optimizer
         self._owner = self._param_groups_of_layers()
         self._metric: GroupPreconditioner | None = None
@@ -268,7 +269,12 @@ class ProximalStep:
             for number, param_group in enumerate(self.optimizer.param_groups)
             for parameter in param_group["params"]
         }
-        return [places[id(layer.largest_member.parameter)] for layer in self.groups.layers]
+        # A frozen weight may be in no optimizer while the norm behind it is trained.
+        held = [
+            [member.parameter for member in layer.members if id(member.parameter) in places]
+            for layer in self.groups.layers
+        ]
+        return [places[id(max(parameters, key=torch.numel))] for parameters in held]
 
     def _lr(self) -> float | Tensor:
         """Return the learning rate, or one for every layer where they differ, shape (S,)."""

@@ -241,6 +241,9 @@ class WGSEF:
         """
         for hooks in self._hooks:
             if hooks.optimizer is optimizer and hooks.grown():
+                for pruner in self.pruners:  # parts of their layers may have joined
+                    if pruner.optimizer is inner(optimizer):
+                        pruner.step.follow(pruner.optimizer)
                 self._adopt(inner(optimizer), [x.optimizer for x in self._hooks])
         for pruner in self.pruners:
             if pruner.follows(inner(optimizer)):

@@ -310,8 +310,8 @@ def in_steps(name: str, length: int | float, total: int | None) -> int:
     if total is None:
         raise ValueError(
             f"{name} = {length} is a share of training, but how long training lasts is not known: "
-            "give a number of steps (int), or say how long training lasts (max_epochs or max_steps "
-            "of the Trainer; total_steps in a plain loop)"
+            "give a number of steps (int), or say how long training lasts (max_steps of the "
+            "Trainer, or max_epochs with a loader that has a length; total_steps in a plain loop)"
         )
     return max(1, math.floor(length * total + 0.5))
 

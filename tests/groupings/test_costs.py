@@ -318,6 +318,8 @@ def test_a_layer_of_one_group_is_left_out():
         ("120 MMACs", None),
         ("3 Mparameters", (3e6, "params")),
         ("5 miles", None),
+        ("50% FLOPs", None),
+        ("half", None),
         ("MB", None),
         ("0 MB", None),
         ("-4 MB", None),
@@ -329,7 +331,7 @@ def test_a_layer_of_one_group_is_left_out():
 def test_units(k, size):
     assert parsed_size(k) == size
     if size is None:
-        with raises_naming("k must be", "'120 MFLOPs'", "FLOPs, params, B", "s, ms, us", repr(k)):
+        with raises_naming("k must be", "'120 MFLOPs'", "FLOPs, params, B", "half of", repr(k)):
             check_budget(k)
 
 

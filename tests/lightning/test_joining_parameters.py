@@ -143,3 +143,61 @@ def test_resume_after_a_layer_has_joined(tmp_path: Path, first: bool) -> None:
             again.state_dict().items(), model.state_dict().values(), strict=True
         ):
             assert torch.equal(a, b), name
+
+
+class Convolutions(pl.LightningModule):
+    """Two convolutions with norms as a backbone, and a head, for Lightning's own finetuning."""
+
+    def __init__(self, kind: type[torch.optim.Optimizer], **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.BatchNorm2d(8),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2))
+        self.kind, self.settings = kind, settings
+        self.example_input_array = torch.ones(2, 1, 6, 6)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.head(self.backbone(images))
+
+    def training_step(self, batch: torch.Tensor, number: int) -> torch.Tensor:
+        return self(batch).square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trainable = [p for p in self.parameters() if p.requires_grad]
+        return self.kind(trainable, **self.settings)
+
+
+@pytest.mark.parametrize("lam", [None, Constant(0.5)])
+@pytest.mark.parametrize(
+    ("metric", "kind", "settings"),
+    [
+        ("identity", torch.optim.SGD, {"lr": 0.05}),
+        ("auto", torch.optim.Adam, {"lr": 1e-3}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:lam = .* had not reached the budget")
+@pytest.mark.filterwarnings("ignore:The provided params to be frozen already exist")
+def test_norms_train_before_the_weights_of_their_groups_do(
+    metric: str, kind: type[torch.optim.Optimizer], settings: Any, lam: Any
+) -> None:
+    """`BackboneFinetuning` trains norms from the start and adds convolutions later on."""
+    model, named = Convolutions(kind, **settings), ["backbone.0", "backbone.3"]
+    callback = WGSEFCallback(k=0.5, grouping="structure", lam=lam, metric=metric, include=named)
+    thaw = pl.callbacks.BackboneFinetuning(2, lambda epoch: 1.0, 0.5)
+    trainer = make_trainer([thaw, callback], max_epochs=6)
+    trainer.fit(model, torch.utils.data.DataLoader(torch.randn(12, 1, 6, 6), batch_size=3))
+    (pruner,) = callback.regularizer.pruners
+    assert pruner.frozen
+    first, joined = trainer.optimizers[0].param_groups
+    assert pruner.step._lr() == joined["lr"] != first["lr"]
+    for number in (0, 3):
+        alive = (model.backbone[number].weight.flatten(1) != 0).any(1)
+        assert int(alive.sum()) == 4
+        assert torch.equal(model.backbone[number + 1].weight != 0, alive)

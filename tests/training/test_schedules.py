@@ -583,7 +583,10 @@ def test_a_share_stays_within_training(length, total):
 
 def test_a_share_of_an_unknown_length():
     with raises_naming(
-        "freeze = 0.5", "share of training", "is not known", "max_epochs or max_steps"
+        "freeze = 0.5",
+        "share of training",
+        "is not known",
+        "max_steps of the Trainer, or max_epochs",
     ):
         in_steps("freeze", 0.5, None)
 
