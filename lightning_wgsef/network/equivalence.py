@@ -248,11 +248,22 @@ def is_random(network: nn.Module, example: Any, outputs: Outputs) -> bool:
 
 def trained(network: nn.Module) -> nn.Module:
     """Return a copy in training mode, without dropout."""
-    twin = model_copy(network).train()
-    for module in twin.modules():
+    twin = model_copy(network)
+    train_without_dropout(twin)
+    return twin
+
+
+def train_without_dropout(network: nn.Module) -> None:
+    """Put a network in training mode but for its dropout, which is noise, whatever it is given.
+
+    >>> network = nn.Sequential(nn.BatchNorm1d(2), nn.AlphaDropout(0.5))
+    >>> train_without_dropout(network)
+    >>> [module.training for module in network]
+    [True, False]
+    """
+    for module in network.train().modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()
-    return twin
 
 
 def _compare(

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_wgsef.network.equivalence import train_without_dropout
 from lightning_wgsef.network.example_input import observed, run_example
 from lightning_wgsef.network.look_alikes import acts_like
 
@@ -26,7 +27,7 @@ def constants(
         network: a network that may be run in any mode: a copy.
         modules: its modules by name.
         places: input channels, by name of the layer that reads them.
-        examples: whether to train, and inputs, as `run_example` takes them.
+        examples: whether to train, without dropout, and inputs, as `run_example` takes them.
 
     Returns:
         The constant of every channel, by name of the layer; NaN where it varies or is never read.
@@ -52,7 +53,7 @@ def constants(
     readers = {name: modules[name] for name in places}
     with torch.no_grad(), torch.random.fork_rng([]), observed(readers, look):
         for mode, example in examples:
-            network.train(mode)
+            (train_without_dropout if mode else nn.Module.eval)(network)
             run_example(network, example)
     unseen = {name: torch.full((len(places[name]),), torch.nan) for name in places}
     return {**unseen, **found}

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_wgsef import group_parameters
+from lightning_wgsef import group_parameters, slim
 from tests.helpers.groups import raises_naming
 from tests.helpers.removal import removal
 
@@ -37,6 +37,24 @@ def test_activations_in_place(activation: nn.Module, grouping: str) -> None:
     assert found.small[0].out_channels == 4
     assert found.small[2].out_channels == 2
     assert activation.inplace, "the network itself is as it was"
+
+
+DROPOUTS = [nn.Dropout, nn.AlphaDropout, nn.FeatureAlphaDropout, nn.Dropout2d]
+
+
+@pytest.mark.parametrize("kind", DROPOUTS)
+@pytest.mark.parametrize("activation", [nn.SELU(), nn.Sigmoid()], ids=["zero", "constant"])
+def test_dropout_is_noise(kind: type[nn.Module], activation: nn.Module) -> None:
+    """What it makes of a constant while it trains is no reason to keep that."""
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Conv2d(3, 8, 3), activation, kind(0.5), nn.Conv2d(8, 2, 1))
+    with torch.no_grad():
+        for parameter in network[0].parameters():
+            parameter[:4] = 0
+    small = slim(network, IMAGES)
+    assert small[0].out_channels == small[3].in_channels == 4
+    assert small.training
+    assert torch.allclose(small.eval()(IMAGES), network.eval()(IMAGES), atol=1e-6)
 
 
 class Sums(nn.Module):
