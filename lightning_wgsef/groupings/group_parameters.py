@@ -288,7 +288,7 @@ def _zeros_without_use(layers: Sequence[GroupedLayer], included: Sequence[str]) 
     """List what nobody could take out: `structure` is there to make the network smaller."""
     return {
         layer.name: (
-            f"{layer.obstacle}: zeros would not make the network smaller "
+            f"{layer.obstacle}: zeros may not make the network smaller "
             f"(include=['{layer.name}'] groups it all the same)"
         )
         for layer in layers
