@@ -42,13 +42,13 @@ KINDS = (
     "small from scratch",
     "one-shot magnitude",
     "gradual magnitude",
-    "AdaHSPG+",
-    "PAT, global",
     "Torch-Pruning",
     "homotopy, structure, layer",
 )
 RELATED = (
     "HSPG",
+    "AdaHSPG+",
+    "PAT, global",
     "PAT, minimum sparsity",
     "PAT, group lasso",
     "paper, half-space, channel, layer",

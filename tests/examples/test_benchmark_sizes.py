@@ -107,10 +107,11 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
         "homotopy, structure, layer",
         "homotopy, structure, global",
         "Torch-Pruning",
-        "PAT, global",
-        "ProxSGD",
-        "small from scratch",
         "prune, then train",
+        *(
+            pytest.param(x, marks=pytest.mark.sweep)
+            for x in ("PAT, global", "ProxSGD", "small from scratch")
+        ),
     ],
 )
 def test_methods_start_from_the_dense_network_and_end_at_its_share(

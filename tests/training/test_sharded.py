@@ -72,6 +72,7 @@ def test_two_processes_end_like_one(on_two: Any, placement: str, case: str) -> N
     check(on_two[placement, case], case)
 
 
+@pytest.mark.sweep
 @pytest.mark.parametrize(("placement", "case"), ON_FOUR)
 def test_four_processes_end_like_one(on_four: Any, placement: str, case: str) -> None:
     """fc2 has three rows: one process holds none of it."""
