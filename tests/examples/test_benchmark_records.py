@@ -23,7 +23,7 @@ COUNTS = {
     "budget": 90,
     "cpu": 636,
     "optimizers": 94,
-    "resnet20": 18,
+    "resnet20": 30,
     "sensitivity": 96,
     "two_of_four": 49,
 }
