@@ -35,7 +35,8 @@ _OPERATIONS = 4
 class GroupPreconditioner:
     """The diagonal metric in which ``optimizer`` steps, for groups that it trains.
 
-    A parameter that has not taken a step yet has D = 1. `refresh` finds where D is to be read.
+    A parameter that has not taken a step yet, or takes none any more, has D = 1. `refresh` finds
+    where D is to be read.
     """
 
     def __init__(self, groups: Groups, optimizer: Optimizer, preconditioner: Preconditioner):
@@ -80,14 +81,14 @@ class GroupPreconditioner:
     def _metric_of(self, member: Member) -> _Metric:
         """Return what gives D of a member's weights; its tensors lie in memory as these do."""
         weights, parameter = member.weights, member.parameter
-        state = self.optimizer.state.get(parameter)
-        if not state:
+        state, settings = self.optimizer.state.get(parameter), self._settings.get(id(parameter))
+        if not state or settings is None:
             return _as_it_is, [torch.ones_like(weights, dtype=self.groups.dtype)], ()
         own = {
             key: member.own(value) if _is_like(value, parameter) else value
             for key, value in state.items()
         }
-        of, settings = self.preconditioner, self._settings.get(id(parameter), {})
+        of = self.preconditioner
         if isinstance(of, Formula):
             metric, tensors, numbers = of.of, of.tensors(own, settings), of.numbers(own, settings)
         else:

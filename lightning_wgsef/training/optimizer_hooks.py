@@ -90,7 +90,7 @@ class StepHooks:
 
     def __init__(self, optimizer: Optimizer, steps: WholeSteps) -> None:
         self.optimizer = optimizer
-        self._size = self._trained_count()
+        self._sizes = self._trained_counts()
         self._undo: list[Callable[[], None]] = []
         if _hooked_steps(optimizer):
             handles = (
@@ -103,8 +103,8 @@ class StepHooks:
 
     def grown(self) -> bool:
         """Return whether the optimizer trains other parameters than at the last call."""
-        before, self._size = self._size, self._trained_count()
-        return before != self._size
+        before, self._sizes = self._sizes, self._trained_counts()
+        return before != self._sizes
 
     def remove(self) -> None:
         """Remove the hooks."""
@@ -137,9 +137,9 @@ class StepHooks:
 
         self._undo.append(undo)
 
-    def _trained_count(self) -> int:
+    def _trained_counts(self) -> list[int]:
         groups = self.optimizer.param_groups
-        return sum(p.requires_grad for param_group in groups for p in param_group["params"])
+        return [sum(p.requires_grad for p in param_group["params"]) for param_group in groups]
 
 
 def trained_by(

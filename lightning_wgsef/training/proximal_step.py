@@ -269,12 +269,13 @@ class ProximalStep:
             for number, param_group in enumerate(self.optimizer.param_groups)
             for parameter in param_group["params"]
         }
-        # A frozen weight may be in no optimizer while the norm behind it is trained.
+        # A frozen weight may be in no optimizer while the norm behind it is trained; what has left
+        # the optimizer altogether goes on with the first rate there is.
         held = [
             [member.parameter for member in layer.members if id(member.parameter) in places]
             for layer in self.groups.layers
         ]
-        return [places[id(max(parameters, key=torch.numel))] for parameters in held]
+        return [places[id(max(own, key=torch.numel))] if own else 0 for own in held]
 
     def _lr(self) -> float | Tensor:
         """Return the learning rate, or one for every layer where they differ, shape (S,)."""

@@ -10,7 +10,7 @@ import pytorch_lightning as pl
 import torch
 from torch import nn
 
-from lightning_wgsef import Constant, WGSEFCallback
+from lightning_wgsef import WGSEF, Constant, WGSEFCallback
 from tests.helpers.plain_loops import (
     LAM,
     RATE,
@@ -201,3 +201,43 @@ def test_norms_train_before_the_weights_of_their_groups_do(
         alive = (model.backbone[number].weight.flatten(1) != 0).any(1)
         assert int(alive.sum()) == 4
         assert torch.equal(model.backbone[number + 1].weight != 0, alive)
+
+
+def emptied(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[0].requires_grad_(False)
+    optimizer.param_groups[0]["params"] = []
+
+
+def dropped(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    model[0].requires_grad_(False)
+    del optimizer.param_groups[0]
+
+
+def frozen_then_dropped(model: nn.Sequential, optimizer: torch.optim.Optimizer) -> None:
+    if not model[0].weight.requires_grad:
+        del optimizer.param_groups[0]
+    model[0].requires_grad_(False)
+
+
+@pytest.mark.parametrize("metric", ["identity", "auto", "group"])
+@pytest.mark.parametrize("lam", [None, Constant(0.1)])
+@pytest.mark.parametrize("leave", [emptied, dropped, frozen_then_dropped])
+@pytest.mark.filterwarnings("ignore:.*the weakest groups were cut")
+def test_a_layer_that_leaves_the_optimizer_keeps_its_budget(
+    leave: Any, lam: Any, metric: str
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU())
+    groups = [{"params": list(layer.parameters())} for layer in (model[0], model[2])]
+    optimizer = torch.optim.Adam(groups, lr=1e-2)
+    regularizer = WGSEF(
+        model, 0.5, lam, "filter", metric=metric, total_steps=20, include=["0", "2"]
+    ).attach(optimizer)
+    for number in range(20):
+        if number == 3 or (number == 6 and leave is frozen_then_dropped):
+            leave(model, optimizer)
+        optimizer.zero_grad()
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+    assert regularizer.frozen
+    assert [int((model[n].weight != 0).any(1).sum()) for n in (0, 2)] == [8, 8]
