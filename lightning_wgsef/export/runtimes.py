@@ -22,7 +22,7 @@ from lightning_wgsef.network.example_input import (
     with_batch_size,
 )
 from lightning_wgsef.utils.files import atomic_write
-from lightning_wgsef.utils.validation import check_number
+from lightning_wgsef.utils.validation import check_model, check_number
 
 # Batch sizes: that of the trace (1 would be taken for a constant), and another to check with.
 _TRACED, _OTHER = 2, 3
@@ -117,6 +117,7 @@ def _export(
     tolerance: float,
 ) -> None:
     """Write a copy of the model, load it and compare its outputs with the model's."""
+    check_model("model", model)
     network = model_copy(model).cpu().eval()
     example = mapped(lambda x: x.cpu() if isinstance(x, Tensor) else x, example_input)
     traced = with_batch_size(example, _TRACED)

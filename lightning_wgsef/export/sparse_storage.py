@@ -27,6 +27,7 @@ from lightning_wgsef.network.latency import (
 )
 from lightning_wgsef.network.layers import WeightedLayer, weighted_layers
 from lightning_wgsef.utils.tables import format_table
+from lightning_wgsef.utils.validation import check_kind, check_model
 
 LAYOUTS = ("bsr", "csr", "2:4")
 
@@ -60,8 +61,10 @@ def to_sparse(
     >>> [(layer.layout, layer.dense_bytes, layer.stored_bytes) for layer in sparse.storage.layers]
     [('bsr', 8192, 2068), ('dense', 512, 512)]
     """
+    check_model("model", model)
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(map(repr, LAYOUTS))}, got {layout!r}")
+    check_kind("blocksize", blocksize, (tuple, list), "two ints >= 1")
     if len(blocksize) != 2 or not all(isinstance(n, int) and n > 0 for n in blocksize):
         raise ValueError(f"blocksize must be two ints >= 1, got {blocksize!r}")
     dense = model_copy(model)
@@ -110,6 +113,7 @@ def load_sparse(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     >>> torch.equal(again(torch.ones(1, 32)), sparse(torch.ones(1, 32)))
     True
     """
+    check_model("model", model)
     copied = model_copy(model)
     modules = dict(copied.named_modules(remove_duplicate=False))
     replacements: dict[nn.Module, nn.Module] = {}

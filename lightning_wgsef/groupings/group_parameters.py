@@ -48,6 +48,7 @@ from lightning_wgsef.groups.groups import Groups
 from lightning_wgsef.groups.size import SlimSize
 from lightning_wgsef.network.interface import Interface, network_interface
 from lightning_wgsef.network.sharding import unsharded_copy
+from lightning_wgsef.utils.validation import check_model
 
 # How a warning begins to say what was taken for inputs and outputs that nobody saw.
 ASSUMED = "By the order of definition"
@@ -134,6 +135,7 @@ def group_parameters(
         at_least=at_least,
         at_most=at_most,
     )
+    check_model("model", model)
     measure = measure_of(k, costs)
     if measure is not None and example_input is None:
         what = f"k = {k!r}" if isinstance(k, str) else f"costs={costs!r}"

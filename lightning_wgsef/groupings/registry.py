@@ -167,7 +167,8 @@ def check_grouping(grouping: Grouping) -> None:
         return
     if isinstance(grouping, str) and grouping in TRACED:
         return
-    if callable(grouping) or (isinstance(grouping, str) and _maker(grouping)):
+    is_function = callable(grouping) and not isinstance(grouping, nn.Module | type)
+    if is_function or (isinstance(grouping, str) and _maker(grouping)):
         return
     names = ", ".join(repr(name) for name in sorted([*GROUPINGS, *TRACED]))
     raise ValueError(

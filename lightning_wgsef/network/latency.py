@@ -29,6 +29,7 @@ from lightning_wgsef.network.example_input import (
 )
 from lightning_wgsef.network.layers import modules_by_name
 from lightning_wgsef.utils.tables import format_table
+from lightning_wgsef.utils.validation import check_kind, check_model
 
 MEMORY_OF_CPU = "allocations of torch during one pass, as its profiler records them"
 
@@ -141,6 +142,10 @@ def measure_latency(
     >>> report.batches[1].peak_memory  # the output, in float32
     64
     """
+    check_model("model", model)
+    if against is not None:
+        check_model("against", against)
+    check_kind("batch_sizes", batch_sizes, Sequence, "numbers of samples, such as (1, 64)")
     if not batch_sizes:
         raise ValueError("batch_sizes must name at least one number of samples, got none")
     for size in batch_sizes:

@@ -16,6 +16,7 @@ from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.latency import BatchLatency, LatencyReport, measure_latency
 from lightning_wgsef.utils.files import write_json
 from lightning_wgsef.utils.tables import format_table
+from lightning_wgsef.utils.validation import check_kind, check_model
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,11 @@ def network_report(
     >>> [(row.name, row.parameters, row.flops) for row in report.networks]
     [('dense', 40, 64), ('slim', 10, 16)]
     """
+    check_kind("networks", networks, Mapping, "a mapping such as {'dense': model, 'slim': small}")
     if not networks:
         raise ValueError("networks must name at least one network, got none")
+    for name, network in networks.items():
+        check_model(f"networks[{name!r}]", network)
     first = next(iter(networks.values()))
     rows = []
     for name, network in networks.items():

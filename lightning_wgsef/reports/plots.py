@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_wgsef.reports.networks import NetworkReport
 from lightning_wgsef.reports.sensitivity import SensitivityReport
 from lightning_wgsef.reports.sparsity import SparsityReport
+from lightning_wgsef.utils.files import as_path
+from lightning_wgsef.utils.validation import check_kind
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +44,7 @@ def plot_sparsity(source: str | os.PathLike[str] | History, prefix: str = "wgsef
     >>> [axes.get_ylabel() for axes in figure.axes]
     ['zero groups, %', 'sparsity gap']
     """
-    curves = source if isinstance(source, Mapping) else _read(Path(source))
+    curves = source if isinstance(source, Mapping) else _read(as_path("source", source))
     own = {name: points for name, points in curves.items() if name.startswith(f"{prefix}/")}
     if not own:
         raise ValueError(
@@ -79,6 +81,7 @@ def plot_report(report: SparsityReport | NetworkReport | SensitivityReport) -> F
             and the share of every layer that the proposal keeps).
 
     Raises:
+        ValueError: no such report.
         ModuleNotFoundError: matplotlib is missing (``pip install "lightning-wgsef[plots]"``).
 
     >>> import torch
@@ -92,6 +95,7 @@ def plot_report(report: SparsityReport | NetworkReport | SensitivityReport) -> F
         return _plot_networks(report)
     if isinstance(report, SensitivityReport):
         return _plot_sensitivity(report)
+    check_kind("report", report, SparsityReport, "a report, such as sparsity_report returns")
     layers = [layer for layer in report.layers if layer.parameters]
     figure, (axes,) = _figure(1)
     series = {

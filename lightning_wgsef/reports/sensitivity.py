@@ -25,6 +25,7 @@ from lightning_wgsef.network.example_input import batch_size, evaluation, model_
 from lightning_wgsef.network.labelled_batches import Loss, checked_pairs, loss_of
 from lightning_wgsef.utils.files import write_json
 from lightning_wgsef.utils.tables import format_table
+from lightning_wgsef.utils.validation import check_model
 
 Pairs = Sequence[tuple[Any, Any]]
 
@@ -169,6 +170,7 @@ def sensitivity(
     >>> report.proposed_size <= report.limit
     True
     """
+    check_model("model", model)
     levels = _checked_levels(levels)
     if "scope" in options:
         raise ValueError(

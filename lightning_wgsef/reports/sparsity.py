@@ -13,6 +13,7 @@ from lightning_wgsef.network.example_input import batch_size
 from lightning_wgsef.network.flops import layer_flops
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name, weighted_layers
 from lightning_wgsef.utils.tables import format_table
+from lightning_wgsef.utils.validation import check_kind, check_model
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,10 @@ def sparsity_report(
     all                                   38 / 44      60 / 72
     0: first layer: its channels are the network's input
     """
+    check_model("model", model)
+    check_kind("groups", groups, Groups, "what group_parameters returns")
+    if slim is not None:
+        check_model("slim", slim)
     flops = {} if example_input is None else _sample_flops(model, example_input)
     grouped = {layer.name: layer for layer in groups.layers}
     alive = groups.split(groups.alive())

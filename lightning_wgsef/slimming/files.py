@@ -7,6 +7,7 @@ import os
 import reprlib
 from collections.abc import Callable
 from dataclasses import asdict
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwr
 from lightning_wgsef.network.surgery import RemovalPlan
 from lightning_wgsef.slimming.model_folder import save_folder
 from lightning_wgsef.slimming.slim import Slimming
-from lightning_wgsef.utils.files import atomic_write, check_writable
+from lightning_wgsef.utils.files import as_path, atomic_write, check_writable
+from lightning_wgsef.utils.validation import check_model
 
 _FORMAT = "lightning_wgsef slim network, version 1"
 
@@ -50,7 +52,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"model must be what slim returned: {type(model).__name__} has no 'slimming'"
         )
-    if not Path(path).suffix and hasattr(model, "save_pretrained"):
+    if not as_path("path", path).suffix and hasattr(model, "save_pretrained"):
         save_folder(model, record.plans, path)
         return
     tensors: dict[str, Tensor] = {}
@@ -93,7 +95,7 @@ def check_slim_path(
     ...
     ValueError: path must end in .safetensors, the format of slim networks, got 'small.pt'
     """
-    if Path(path).suffix != ".safetensors":
+    if as_path(argument, path).suffix != ".safetensors":
         raise ValueError(
             f"{argument} must end in .safetensors, the format of slim networks, got "
             f"{os.fspath(path)!r}"
@@ -134,13 +136,15 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     >>> print(again.slimming)
     58 -> 23 parameters (39.7%)
     """
-    header, tensors = _read(Path(path))
+    _check_maker(make_model)
+    header, tensors = _read(as_path("path", path))
     try:
         plans = [_plan(values) for values in json.loads(header["plans"])]
         tied = {str(name): str(other) for name, other in json.loads(header["tied"]).items()}
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: the header of {path} is damaged: {error!r}") from error
     model = make_model()
+    check_model("what make_model makes", model)
     model = unwrap(model)
     before = sum(parameter.numel() for parameter in model.parameters())
     made = f"make_model makes another network than the {header.get('model')} that became {path}"
@@ -166,6 +170,25 @@ def load_slim(path: str | os.PathLike[str], make_model: Callable[[], nn.Module])
     after = sum(parameter.numel() for parameter in model.parameters())
     model.slimming = Slimming(plans, parameters=(before, after))  # type: ignore[assignment]
     return model.eval()
+
+
+def _check_maker(make_model: object) -> None:
+    """Raise `ValueError` unless ``make_model`` is a function that needs no arguments."""
+    wanted = (
+        "make_model must be a function without arguments that makes the network as it was before "
+        "slim, such as its class or lambda: MyNetwork(8)"
+    )
+    if isinstance(make_model, nn.Module) or not callable(make_model):
+        raise ValueError(f"{wanted}, got {reprlib.repr(make_model)}")
+    try:
+        taken = signature(make_model)
+    except ValueError:  # a builtin that does not say what it takes
+        return
+    try:
+        taken.bind()
+    except TypeError as error:
+        name = getattr(make_model, "__name__", reprlib.repr(make_model))
+        raise ValueError(f"{wanted}, got {name}: {error}") from error
 
 
 def _read(path: Path) -> tuple[dict[str, str], dict[str, Tensor]]:

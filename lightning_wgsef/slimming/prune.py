@@ -20,6 +20,7 @@ from lightning_wgsef.groups.scope import survivors
 from lightning_wgsef.network.example_input import model_copy
 from lightning_wgsef.network.labelled_batches import Loss, checked_pairs
 from lightning_wgsef.slimming.slim import check_precision, own_multiples, slim
+from lightning_wgsef.utils.validation import check_model
 
 # Rounds in which what fits a size and what groups cost there agree.
 _ROUNDS = 8
@@ -63,6 +64,7 @@ def prune(
     >>> small[0].out_features, network[0].out_features
     (8, 16)
     """
+    check_model("model", model)
     check_precision(model)
     pairs = checked_pairs(model, batches, loss)
     network = model_copy(model)

@@ -61,6 +61,7 @@ from lightning_wgsef.slimming.dead_channels import (
 )
 from lightning_wgsef.slimming.dead_units import DeadUnits, dead_units
 from lightning_wgsef.slimming.model_config import shapes_of, update_config
+from lightning_wgsef.utils.validation import check_kind, check_model
 
 _Candidate = TypeVar("_Candidate")
 
@@ -159,6 +160,7 @@ def slim(
     >>> small[0].out_channels, small[2].in_channels, network[0].out_channels
     (2, 2, 8)
     """
+    check_model("model", model)
     check_limits(multiple_of, None, None)
     if optimizer is not None and not inplace:
         raise ValueError("optimizer needs inplace=True: it holds the parameters of model itself")
@@ -567,7 +569,10 @@ def _channels_plan(graph: Graph, dead: Iterable[DeadChannels]) -> RemovalPlan:
 
 def _apply(network: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
     parameters = {canonical_name(name): p for name, p in network.named_parameters()}
-    for name, mask in (masks or {}).items():
+    masks = {} if masks is None else masks
+    check_kind("masks", masks, Mapping, "a mapping from names of parameters to tensors")
+    for name, mask in masks.items():
+        check_kind(f"masks[{name!r}]", mask, Tensor, "a tensor of the parameter's shape")
         parameter = parameters.get(canonical_name(name))
         if parameter is None:
             raise ValueError(

@@ -79,7 +79,8 @@ def as_half_space(half_space: float | HalfSpace | None) -> HalfSpace | None:
     """
     if half_space is None or isinstance(half_space, HalfSpace):
         return half_space
-    if not isinstance(half_space, (int, float)) or isinstance(half_space, bool):
+    number = isinstance(half_space, (int, float)) and not isinstance(half_space, bool)
+    if not number or not 0 <= half_space < 1:
         raise ValueError(
             f"half_space must be None, an epsilon in [0, 1) or HalfSpace(...), got {half_space!r}"
         )

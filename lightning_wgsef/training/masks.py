@@ -27,6 +27,7 @@ from lightning_wgsef.network.layers import (
 from lightning_wgsef.network.sharding import unsharded_copy
 from lightning_wgsef.training.saved_grouping import said_of, saved_grouping, saved_groupings
 from lightning_wgsef.utils.files import read_checkpoint
+from lightning_wgsef.utils.validation import check_kind
 
 # A row for padding is zero and trained by nobody.
 _WITH_ZERO_ROWS = (nn.Embedding, nn.EmbeddingBag)
@@ -54,6 +55,9 @@ def masks_from_zeros(groups: Groups, state_dict: Mapping[str, Tensor] | None = N
     >>> masks_from_zeros(group_parameters(network, "channel"))
     {'1': tensor([ True, False,  True])}
     """
+    check_kind("groups", groups, Groups, "what group_parameters returns")
+    if state_dict is not None:
+        check_kind("state_dict", state_dict, Mapping, "a mapping from names to tensors")
     measured = groups if state_dict is None else _groups_of(groups, state_dict)
     alive = measured.alive().to(groups.device)
     if bool(alive.all()):

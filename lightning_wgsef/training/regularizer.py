@@ -37,6 +37,7 @@ from lightning_wgsef.training.proximal_step import ProximalStep
 from lightning_wgsef.training.pruner import Pruner
 from lightning_wgsef.training.saved_grouping import check_same_grouping, grouping_state
 from lightning_wgsef.training.schedules import CubicRamp, Schedule
+from lightning_wgsef.utils.validation import check_model
 
 
 class WGSEF:
@@ -94,6 +95,7 @@ class WGSEF:
         total_steps: int | None = None,
         **options: Unpack[PruningOptions],
     ) -> None:
+        check_model("model", model)
         settings = Settings(k, lam, grouping, **options)
         self.schedule, self.debias = settings.schedule, settings.debias
         self.penalty, self.metric = settings.penalty, settings.options["metric"]

@@ -13,6 +13,23 @@ from uuid import uuid4
 
 import torch
 
+from lightning_wgsef.utils.validation import check_kind
+
+
+def as_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return ``value`` as a path.
+
+    Raises:
+        ValueError: it is none; the message calls it ``name``.
+
+    >>> as_path("path", 3)
+    Traceback (most recent call last):
+    ...
+    ValueError: path must be a file name, a str or pathlib.Path, got 3
+    """
+    check_kind(name, value, (str, os.PathLike), "a file name, a str or pathlib.Path")
+    return Path(value)
+
 
 @contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
@@ -78,7 +95,7 @@ def check_writable(
     ValueError: path must be a file that can be written, got 'missing/model.onnx': No such file or \
 directory
     """
-    target = Path(path)
+    target = as_path(argument, path)
     temporary = target.parent / f".{target.name}.{uuid4().hex}"
     try:
         if target.is_dir():

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from numbers import Integral, Real
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def per_segment(
@@ -94,6 +95,30 @@ def check_count_or_share(name: str, value: object, unit: str, *others: str) -> N
             f"{name} must be a number of {unit} (int >= 1) or a share (float in (0, 1])"
             f"{''.join(f', or {other}' for other in others)}, got {value!r}"
         )
+
+
+def check_kind(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Raise `ValueError` unless ``value`` is of one of ``kinds``, which are ``wanted``.
+
+    >>> check_kind("masks", "a.ckpt", dict, "a dict of tensors")
+    Traceback (most recent call last):
+    ...
+    ValueError: masks must be a dict of tensors, got 'a.ckpt'
+    """
+    if not isinstance(value, kinds):
+        got = f"the class {value.__name__}" if isinstance(value, type) else reprlib.repr(value)
+        raise ValueError(f"{name} must be {wanted}, got {got}")
+
+
+def check_model(name: str, value: object) -> None:
+    """Raise `ValueError` unless ``value`` is a network.
+
+    >>> check_model("model", nn.Flatten)
+    Traceback (most recent call last):
+    ...
+    ValueError: model must be a torch.nn.Module such as MyNetwork(), got the class Flatten
+    """
+    check_kind(name, value, nn.Module, "a torch.nn.Module such as MyNetwork()")
 
 
 def shape_of(values: Tensor) -> str:
