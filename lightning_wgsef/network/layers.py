@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_wgsef.network.look_alikes import acts_like
 
@@ -214,7 +215,10 @@ def computed_weight(module: nn.Module, name: str = "weight") -> str:
         return f"{said} (a mask of torch.nn.utils.prune); {remove} makes it permanent"
     if hasattr(module, f"{name}_g"):
         return f"{said} (weight_norm); torch.nn.utils.remove_weight_norm makes it a parameter"
-    return f"{said} (a parametrisation), not a parameter"
+    if is_parametrized(module, name):
+        remove = f"torch.nn.utils.parametrize.remove_parametrizations(module, '{name}')"
+        return f"{said} (a parametrisation); {remove} makes it a parameter"
+    return f"{said}, not a parameter"
 
 
 def _problem(name: str, module: nn.Module, homes: Homes, weighted: Mapping[str, nn.Module]) -> str:

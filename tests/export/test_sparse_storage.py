@@ -134,7 +134,8 @@ def test_what_stays_dense_is_listed_with_the_reason():
         "tied": "its weight is that of 'embedding' (tied)",
         "hooked": "it has hooks",
         "unused": "the forward pass does not call it",
-        "masked": "its weight is computed from other tensors (a parametrisation), not a parameter",
+        "masked": "its weight is computed from other tensors (a parametrisation); "
+        "torch.nn.utils.parametrize.remove_parametrizations(module, 'weight') makes it a parameter",
     }
     assert same(sparse(IMAGES), network(IMAGES))
 
