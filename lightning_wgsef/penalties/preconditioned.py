@@ -38,7 +38,7 @@ from torch import Tensor
 
 from lightning_wgsef.penalties.problem import Competition, Problem
 from lightning_wgsef.penalties.segments import Segments
-from lightning_wgsef.utils.validation import check_number, per_segment, shape_of
+from lightning_wgsef.utils.validation import check_kind, check_number, per_segment, shape_of
 
 # From shares u, shape (m,), to the sums of (D v / x)^2 and (D v / x)^2 x' / x over every group.
 Sums = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -85,6 +85,8 @@ def prox_metric(
     >>> prox_metric(values, torch.tensor([1.0, 1.0, 90.0]), index, 0.5, 1)  # a dear weight stays
     tensor([1.8044, 2.4059, 0.9779])
     """
+    for name, given in (("values", values), ("metric", metric), ("index", index)):
+        check_kind(name, given, Tensor, "a tensor, with one entry for every weight")
     if values.dim() != 1 or not values.is_floating_point():
         raise ValueError(
             f"values must be floating point of shape (n,), got {values.dtype} of {shape_of(values)}"

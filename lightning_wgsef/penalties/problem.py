@@ -15,7 +15,13 @@ from torch import Tensor
 
 from lightning_wgsef.penalties.segments import Bucket, Segments
 from lightning_wgsef.penalties.solvers.root_finding import root_by_rank, root_of_budget
-from lightning_wgsef.utils.validation import check_values, per_group, per_segment, shape_of
+from lightning_wgsef.utils.validation import (
+    check_kind,
+    check_values,
+    per_group,
+    per_segment,
+    shape_of,
+)
 
 # Costs are sums of floating-point numbers: a set whose cost exceeds the budget by no more than this
 # share of it fits. "Fits" is the wider test, so that what a projection keeps always fits.
@@ -159,6 +165,7 @@ class Problem:
         costs: Tensor | None = None,
         segments: Tensor | int | Segments | None = None,
     ) -> None:
+        check_kind("norms", norms, Tensor, "a tensor")
         if norms.dim() != 1 or not norms.is_floating_point():
             raise ValueError(
                 f"norms must be floating point of shape (m,), got {norms.dtype} of "
@@ -246,6 +253,7 @@ def as_segments(segments: Tensor | int | Segments | None, norms: Tensor, k: obje
                 f"segments = {segments}: a length must be at least 1 and divide the {size} groups"
             )
         return Segments(size, size // segments, [Bucket(size // segments, segments)])
+    check_kind("segments", segments, Tensor, "a tensor of labels, or the length of every segment")
     if segments.shape != norms.shape or segments.is_floating_point() or segments.is_complex():
         raise ValueError(
             f"segments must be integers of shape {shape_of(norms)}, "

@@ -38,6 +38,7 @@ def per_group(name: str, values: Tensor, like: Tensor) -> Tensor:
     Raises:
         ValueError: a wrong shape or value; the message calls it ``name``.
     """
+    check_kind(name, values, Tensor, "a tensor, with one entry for every group")
     if values.shape != like.shape:
         raise ValueError(f"{name} must have shape {shape_of(like)}, got {shape_of(values)}")
     values = values.detach().to(like)

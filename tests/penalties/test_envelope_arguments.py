@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lightning_wgsef.penalties import envelope as envelope
+from lightning_wgsef.penalties.preconditioned import prox_metric
 from tests.helpers.oracles import envelope as oracle
 from tests.helpers.problems import (
     FLOOR,
@@ -37,6 +38,37 @@ def test_bad_budgets(k, shown):
     for call in calls:
         with pytest.raises(ValueError, match=rf"\bk\b.*{re.escape(shown)}"):
             call()
+
+
+NO_TENSORS = [[3.0, 4.0], np.array(TWO), "x", torch.nn.Linear]
+
+
+@pytest.mark.parametrize("given", [*NO_TENSORS, None, 3])
+def test_norms_that_are_no_tensor(given):
+    calls = [
+        lambda: envelope.envelope_value(given, 1),
+        lambda: envelope.sparsity_gap(given, 1),
+        lambda: envelope.envelope_conjugate(given, 1),
+        lambda: envelope.prox_multipliers(given, 0.1, 1),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match=r"^norms must be a tensor, got"):
+            call()
+
+
+@pytest.mark.parametrize("given", NO_TENSORS)
+@pytest.mark.parametrize("name", ["weights", "costs", "segments"])
+def test_what_groups_have_is_a_tensor(name, given):
+    with pytest.raises(ValueError, match=rf"^{name} must be a tensor.*, got"):
+        envelope.prox_multipliers(tensor(TWO), 0.1, 1, **{name: given})
+
+
+@pytest.mark.parametrize("given", [*NO_TENSORS, None, 3])
+@pytest.mark.parametrize("name", ["values", "metric", "index"])
+def test_what_weights_have_is_a_tensor(name, given):
+    arguments = {"values": tensor(TWO), "metric": tensor(TWO), "index": torch.arange(2)}
+    with pytest.raises(ValueError, match=rf"^{name} must be a tensor.*, got"):
+        prox_metric(**{**arguments, name: given}, step=0.1, k=1)
 
 
 @pytest.mark.parametrize(
