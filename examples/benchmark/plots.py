@@ -38,7 +38,7 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
     written: list[Path] = []
     for task in suite.tasks:
         found = {method: runs_of(records, task, method) for method in suite.methods}
-        found = {method: runs for method, runs in found.items() if len(runs) >= len(suite.seeds)}
+        found = {m: runs for m, runs in found.items() if len(runs) >= len(suite.seeds_for(m))}
         if found.keys() <= {"dense"}:
             continue
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 6.5), layout="constrained")

@@ -156,3 +156,18 @@ def test_a_curve_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert "## small-conv-digits: accuracy over operations" in text
     assert text.count(f"| {OURS} |") == 4
     torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize(("seeds_of", "drawn"), [({}, False), ({"Torch-Pruning": [0]}, True)])
+def test_a_method_is_drawn_once_all_of_its_own_seeds_were_run(
+    seeds_of: dict[str, list[int]], drawn: bool, tmp_path: Path
+) -> None:
+    """In the picture of a task, some methods have fewer seeds than the others."""
+    suite = replace(SUITE, seeds_of=seeds_of)
+    made = Records(tmp_path / "records.jsonl")
+    for record in records({**ACCURACIES, "Torch-Pruning": {0.6: (80.0,)}}):
+        made.append(record)
+    write_report(suite, made, tmp_path)
+    picture = (tmp_path / "a-60.svg").read_text()
+    assert "<!-- gradual magnitude -->" in picture
+    assert ("<!-- Torch-Pruning -->" in picture) == drawn

@@ -23,7 +23,7 @@ COUNTS = {
     "budget": 90,
     "cpu": 636,
     "optimizers": 94,
-    "resnet20": 30,
+    "resnet20": 49,
     "sensitivity": 96,
     "two_of_four": 49,
 }
