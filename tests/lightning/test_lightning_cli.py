@@ -288,7 +288,7 @@ def test_mistakes_that_the_parser_finds(
         ("grouping: chanel", "got 'chanel'"),
         ("grouping: {net.2: chanel}", "got 'chanel'"),
         ("freeze: 1.5", "freeze must be a number of steps (int >= 1) or a share"),
-        ("half_space: 2", "epsilon must be a number in [0, 1), got 2.0"),
+        ("half_space: 2", "half_space must be None, an epsilon in [0, 1) or HalfSpace(...), got 2"),
     ],
 )
 def test_mistakes_that_the_callback_finds(text: str, says: str, tmp_path: Path) -> None:
