@@ -79,12 +79,12 @@ def as_half_space(half_space: float | HalfSpace | None) -> HalfSpace | None:
     """
     if half_space is None or isinstance(half_space, HalfSpace):
         return half_space
-    number = isinstance(half_space, (int, float)) and not isinstance(half_space, bool)
-    if not number or not 0 <= half_space < 1:
+    try:
+        return HalfSpace(half_space)
+    except ValueError:
         raise ValueError(
             f"half_space must be None, an epsilon in [0, 1) or HalfSpace(...), got {half_space!r}"
-        )
-    return HalfSpace(float(half_space))
+        ) from None
 
 
 @torch.no_grad()
