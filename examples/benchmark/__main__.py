@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+import torch
+
 from examples.benchmark.curves import curve_lines, curves_of
 from examples.benchmark.documents import filled
 from examples.benchmark.latencies import measure_all, read_latencies
@@ -51,6 +53,7 @@ def main() -> int:
         if options.what == "run":
             for name in sorted({task.data for task in part.tasks}):
                 DATA[name](options.data_dir, 1, "cpu").prepare_data()
+            _warn_of_emulated_bfloat16(part, options.device)
         elif part != suite:
             raise ValueError("--task, --method and --seed choose what is run, nothing else")
     except (ValueError, RuntimeError) as error:  # of data that cannot be downloaded, too
@@ -97,6 +100,18 @@ def write_report(suite: Suite, records: Records, folder: Path) -> list[Path]:
         text = grid_report(suite, runs, command)
     (folder / "README.md").write_text(text, encoding="utf-8")
     return [folder / "README.md", *(draw if tuned else heat_maps)(suite, runs, folder)]
+
+
+def _warn_of_emulated_bfloat16(suite: Suite, device: str) -> None:
+    """Say which tasks take days instead of hours: without AVX-512 convolutions are plain loops."""
+    slow = [task.name for task in suite.tasks if task.precision.startswith("bf16")]
+    if device == "cpu" and slow and torch.backends.cpu.get_cpu_capability() == "AVX2":
+        print(
+            f"this processor has AVX2 and no bfloat16: {', '.join(slow)} will take ten times as "
+            "long as in precision 32-true. One with AVX-512 takes less than that, --device cuda "
+            "the least",
+            file=sys.stderr,
+        )
 
 
 def _options() -> argparse.Namespace:

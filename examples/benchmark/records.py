@@ -90,7 +90,8 @@ def origin(device: str = "cpu", packages: tuple[str, ...] = PACKAGES) -> Record:
     for package in packages:
         with suppress(PackageNotFoundError):
             versions[package] = version(package)
-    hardware = f"{platform.machine()}, {device}, {torch.get_num_threads()} threads"
+    instructions = torch.backends.cpu.get_cpu_capability()  # other ones round in another order
+    hardware = f"{platform.machine()} {instructions}, {device}, {torch.get_num_threads()} threads"
     return {"versions": versions, "hardware": hardware, "date": time.strftime("%Y-%m-%d")}
 
 
