@@ -108,8 +108,7 @@ def _warn_of_emulated_bfloat16(suite: Suite, device: str) -> None:
     if device == "cpu" and slow and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print(
             f"this processor has AVX2 and no bfloat16: {', '.join(slow)} will take ten times as "
-            "long as in precision 32-true. One with AVX-512 takes less than that, --device cuda "
-            "the least",
+            "long as in precision 32-true; take one with AVX-512, or --device cuda",
             file=sys.stderr,
         )
 

@@ -93,8 +93,13 @@ def _cell(runs: list[Record] | None, share: float) -> str:
         return "not run"
     accuracy = spread([run["test_accuracy"] for run in runs])
     left = operations_left(runs)
-    off = runs[0]["method"] not in WITHOUT_BUDGET and abs(left / share - 1) > 0.02
-    return f"{accuracy} at {left:.1%}" if off else accuracy
+    alike = runs[0]["method"] in WITHOUT_BUDGET or _alike(left, share)
+    return accuracy if alike else f"{accuracy} at {left:.1%}"
+
+
+def _alike(left: float, share: float) -> bool:
+    """Is one share of the operations within 2 % of another?"""
+    return abs(left / share - 1) <= 0.02
 
 
 def _verdicts(found: Points, shares: Sequence[float]) -> list[str]:
@@ -115,6 +120,9 @@ def _verdicts(found: Points, shares: Sequence[float]) -> list[str]:
         line = f"{share:.0%}: {REFERENCE} is {place}, {spread(lead, sign='+')} on {best}"
         listed = ", ".join(f"{value:+.2f}" for value in lead)
         line += f" (seed by seed {listed})" if len(lead) > 1 else " (one seed)"
+        own, its = (operations_left(found[method][share]) for method in (REFERENCE, best))
+        if not _alike(its, own):
+            line += f", which keeps {its:.1%} of the operations, ours {own:.1%}"
         within = [method for method in ahead if inside(ahead[method])]
         lines.append(line + (f"; inside the spread: {', '.join(within)}." if within else "."))
     for method in rivals:

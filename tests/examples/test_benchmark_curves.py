@@ -94,6 +94,15 @@ def test_what_a_curve_says() -> None:
     ]
 
 
+def test_a_lead_of_a_larger_network_is_called_that() -> None:
+    (curve,) = curves_of(SUITE)
+    better = {**ACCURACIES, "Torch-Pruning": {0.6: (95.0, 95.0)}}
+    text = "\n".join(curve_lines(SUITE, records(better), curve))
+    seeds = "Torch-Pruning (seed by seed -5.00, -4.00)"
+    assert f"{seeds}, which keeps 70.0% of the operations, ours 60.0%." in text
+    assert text.count("which keeps") == 1
+
+
 def test_half_of_the_seeds_are_not_shown() -> None:
     (curve,) = curves_of(SUITE)
     one = {OURS: {0.6: (90.0,)}, "gradual magnitude": {0.6: (80.0, 80.0)}}
