@@ -47,8 +47,10 @@ def unit_removal(
     """
     plan = RemovalPlan()
     modules = modules_by_name(model)
-    blocks = {block.name: block for block in attention_blocks(model)}
-    for layer, dead in even_units(units):
+    units = even_units(units)
+    has_heads = any(layer.grouping == "head" for layer, _ in units)
+    blocks = {block.name: block for block in attention_blocks(model)} if has_heads else {}
+    for layer, dead in units:
         if layer.grouping == "expert":
             _drop(plan, modules, model, layer, dead)
             continue

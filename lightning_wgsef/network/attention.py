@@ -194,12 +194,10 @@ def attention_blocks(model: nn.Module) -> Iterator[AttentionBlock]:
             yield _torch_block(name, module, dense, homes)
             used.update(module.modules())
             continue
-        for names in PROJECTIONS:
-            paths = {role: getattr(names, role) for role in (*ROLES, "output")}
-            found = {role: _inner(module, path) for role, path in paths.items()}
-            layers = {role: layer for role, layer in found.items() if layer is not None}
+        for names in PROJECTIONS if module._modules else ():
+            layers = _projections(module, names)
             is_module = isinstance(layers.get("output"), nn.Sequential | nn.ModuleList)
-            if len(layers) == 4 and not is_module and not used.intersection(layers.values()):
+            if layers and not is_module and not used.intersection(layers.values()):
                 yield _named_block(name, module, names, layers, dense)
                 used.update(layers.values())
                 break
@@ -241,6 +239,17 @@ def parameter_problem(module: nn.Module, names: Iterable[str], homes: Homes) -> 
 def _is_transposed(module: nn.Module) -> bool:
     # transformers is not imported for it, so the class is known by name and attribute.
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def _projections(module: nn.Module, names: ProjectionNames) -> dict[str, nn.Module]:
+    """The modules at the paths, by role; none where one is missing, as almost everywhere."""
+    found = {}
+    for role in (*ROLES, "output"):
+        layer = _inner(module, getattr(names, role))
+        if layer is None:
+            return {}
+        found[role] = layer
+    return found
 
 
 def _inner(module: nn.Module, path: str) -> nn.Module | None:

@@ -19,7 +19,7 @@ from lightning_wgsef.network.example_input import (
     tensors,
 )
 from lightning_wgsef.network.experts import EveryExpert
-from lightning_wgsef.network.layers import weighted_layers
+from lightning_wgsef.network.layers import WeightedLayer, weighted_modules
 from lightning_wgsef.network.surgery import RemovalPlan
 
 OUTPUTS = "the outputs"
@@ -49,15 +49,13 @@ def layer_outputs(
     {'0': [(1, 2)], 'the outputs': [(1, 3)]}
     """
     seen: dict[str, list[Tensor]] = {}
-    layers = {layer.name: layer for layer in weighted_layers(network)}
 
     def note(name: str, _: nn.Module, given: tuple[Any, ...], output: Any) -> None:
         own = seen.setdefault(name, [])  # a router that is a Linear may return more than that
         own += [x.clone() for x in tensors(output)]  # what follows may write into it
 
-    watched = {name: layer.module for name, layer in layers.items()}
     every = EveryExpert(network)
-    with observed(watched, after=note), every.watching(), seeded(network, seed):
+    with observed(weighted_modules(network), after=note), every.watching(), seeded(network, seed):
         seen[OUTPUTS] = tensors(run_example(network, example_input))
     with seeded(network, seed):
         seen.update(every.others(lambda: run_example(network, example_input)))
@@ -68,10 +66,10 @@ def kept_outputs(
     outputs: Mapping[str, list[Tensor]], network: nn.Module, plan: RemovalPlan
 ) -> dict[str, list[Tensor]]:
     """Leave the channels out of `layer_outputs` that a plan takes out of the network."""
-    layers = {layer.name: layer for layer in weighted_layers(network)}
+    modules = weighted_modules(network)
     found = dict(outputs)
-    for name in outputs.keys() & layers.keys():
-        layer = layers[name]
+    for name in outputs.keys() & modules.keys():
+        layer = WeightedLayer(name, modules[name])
         across = layer.transposed and layer.split == 1
         kept = plan.kept.get(layer.path("weight"), {}).get(int(across))
         if kept is not None:

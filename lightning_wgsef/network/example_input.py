@@ -305,7 +305,10 @@ def seeded(model: nn.Module, seed: int = 0) -> Iterator[None]:
     python, arrays = random.getstate(), numpy and numpy.random.get_state()
     try:
         with torch.random.fork_rng(devices):
-            torch.manual_seed(seed)
+            if device.type == "cpu":  # the other notes the call stack for all other kinds of device
+                torch.default_generator.manual_seed(seed)
+            else:
+                torch.manual_seed(seed)
             random.seed(seed)
             if numpy:
                 numpy.random.seed(seed)

@@ -24,6 +24,8 @@ _Norm = (
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
+_WRAPPED = re.compile(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)")
+
 # The names under which modules hold every parameter, by its id.
 Homes = dict[int, list[str]]
 
@@ -109,7 +111,7 @@ def canonical_name(name: str) -> str:
     >>> canonical_name("_orig_mod.encoder._orig_mod.conv1.weight")
     'encoder.conv1.weight'
     """
-    return re.sub(rf"(^|\.)({'|'.join(_WRAPPERS)})(?=\.|$)", "", name).lstrip(".")
+    return _WRAPPED.sub("", name).lstrip(".")
 
 
 def unwrap(module: nn.Module) -> nn.Module:
@@ -168,9 +170,18 @@ def weighted_layers(model: nn.Module) -> Iterator[WeightedLayer]:
     [('0', '1')]
     """
     norms, homes = _following_norms(model), parameter_homes(model)
-    found = {name: x for name, x in modules_by_name(model).items() if _is_weighted(x)}
+    found = weighted_modules(model)
     for name, module in found.items():
         yield WeightedLayer(name, module, norms.get(name), _problem(name, module, homes, found))
+
+
+def weighted_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules of `weighted_layers`, by canonical name: norms and problems take longer to find.
+
+    >>> list(weighted_modules(nn.Sequential(nn.ReLU(), nn.Linear(2, 2))))
+    ['1']
+    """
+    return {name: x for name, x in modules_by_name(model).items() if _is_weighted(x)}
 
 
 def usable_layers(model: nn.Module) -> tuple[list[WeightedLayer], dict[str, str]]:

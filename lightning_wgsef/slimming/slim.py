@@ -404,6 +404,8 @@ class _Slimmer:
 
     def _idle_reader(self, graph: Graph, found: DeadChannels) -> str:
         """Name a part that did not run and, by its width, may read or make these channels."""
+        if not self._idle:
+            return ""
         widths = {graph.width(side) for side in found.found.tied.positions} - {None, 0, 1}
         layers = {layer.name: layer for layer in weighted_layers(self.network)}
         for part, own in self._idle.items():
