@@ -59,7 +59,7 @@ def check(found: list[Any], case: str) -> None:
             assert rank["metrics"][name] == pytest.approx(value, rel=1e-6, abs=1e-9), name
         # Norms are summed once a step (in the first one also those to tell a collapse by), and no
         # more once there is a mask.
-        assert rank["sums"][0] <= sums + 1
+        assert 0 < rank["sums"][0] <= sums + 1
         end = FREEZE - 2  # who is cut is counted before and where the mask is fixed
         assert set(rank["sums"][1:end] + rank["sums"][FREEZE:]) <= set(range(sums + 1))
         assert all(number <= sums + 1 for number in rank["sums"][end:FREEZE])
