@@ -69,7 +69,7 @@ fuzz: .venv/installed  ## Five hundred random trainings, other ones each time.
 	FUZZ=500 $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests/training/test_fuzz.py --no-cov \
 		--show-capture=no --tb=short
 
-sweep: .venv/installed  ## Tests that take half a minute or more each.
+sweep: .venv/installed  ## Tests that take half a minute or more each, and whole products of cases.
 	SWEEP=yes $(TEST_ENVIRONMENT) $(BIN)/python -m pytest tests -m sweep --no-cov
 
 browser: .venv/installed  ## TensorBoard in a real browser; the pictures of the README.
@@ -110,9 +110,11 @@ oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependenc
 clean:  ## Environments and caches away.
 	rm -rf .venv .venv-dist .venv-oto dist .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
+# Python compiles what is imported when it is: all of it takes a minute more.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
+		-c constraints.txt -e ".[dev]"
 	touch $@
 
 .venv-oto/installed: pyproject.toml constraints.txt

@@ -18,7 +18,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     if item.get_closest_marker("sweep") and "SWEEP" not in os.environ:
-        pytest.skip("takes half a minute: make sweep")
+        pytest.skip("long, or one of many alike: make sweep")
     if item.get_closest_marker("processes") and sys.platform == "win32":
         pytest.skip("its processes meet in a way that Windows does not know")
 

@@ -23,11 +23,13 @@ from tests.helpers.oracles.preconditioned_training import (
     train,
     wide_network,
 )
+from tests.helpers.products import every_pair
 
 METRICS = ("auto", "group")
-every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
+GROUPINGS = ("filter", "channel", "element")
+NAMES = tuple(OPTIMIZERS)
 every_metric = pytest.mark.parametrize("metric", METRICS)
-every_grouping = pytest.mark.parametrize("grouping", ["filter", "channel", "element"])
+every_grouping = pytest.mark.parametrize("grouping", GROUPINGS)
 
 
 def strongest(groups, optimizer, by_group):
@@ -43,9 +45,7 @@ def strongest(groups, optimizer, by_group):
     return kept
 
 
-@every_optimizer
-@every_metric
-@every_grouping
+@every_pair(name=NAMES, metric=METRICS, grouping=GROUPINGS)
 def test_homotopy_keeps_the_strongest_in_the_metric(name, metric, grouping):
     """At every step those that would be kept now are left as they are, bit for bit."""
     model, last = network(), 20
@@ -75,9 +75,7 @@ def test_homotopy_keeps_the_strongest_in_the_metric(name, metric, grouping):
     assert [int(mask.sum()) for mask in regularizer.masks.values()] == groups.budgets.tolist()
 
 
-@every_optimizer
-@every_metric
-@every_grouping
+@every_pair(name=NAMES, metric=METRICS, grouping=GROUPINGS)
 def test_homotopy_arrives_without_a_jump(name, metric, grouping):
     """Weights that nothing moves: those that are cut have faded before, the freeze changes none."""
     model, last = network(), 150
@@ -171,12 +169,15 @@ def restored(state):
     return torch.load(file, weights_only=True)
 
 
-@every_optimizer
-@every_metric
-@pytest.mark.parametrize("lam", [Constant(0.1), Homotopy(length=14)], ids=["constant", "homotopy"])
-@pytest.mark.parametrize(("stop", "grouping"), [(1, "filter"), (7, "element"), (13, "channel")])
-def test_resume_is_bit_identical(name, metric, grouping, lam, stop):
+@every_pair(
+    name=NAMES,
+    metric=METRICS,
+    lam=(Constant(0.1), Homotopy(length=14)),
+    where=((1, "filter"), (7, "element"), (13, "channel")),
+)
+def test_resume_is_bit_identical(name, metric, lam, where):
     data = batches(18)
+    stop, grouping = where
 
     def run(batches, *states):
         model = network()
@@ -208,9 +209,6 @@ def test_resume_is_bit_identical(name, metric, grouping, lam, stop):
 
 # Shares are found to 1e-6; in weights that was 5e-7 of the largest one at worst.
 CLOSE = 1e-6
-GROUPINGS = ("filter", "channel", "element")
-
-every_grouping_metric_training = pytest.mark.parametrize("grouping", GROUPINGS)
 
 
 def pair(make=network, name="Adam", params=nn.Module.parameters, **more):
@@ -242,9 +240,7 @@ def eps(name, debias):
     return {"eps": 0.1} if debias and name != "SGD" else {}
 
 
-@every_optimizer
-@every_grouping_metric_training
-@pytest.mark.parametrize("debias", [0.0, 0.5])
+@every_pair(name=NAMES, grouping=GROUPINGS, debias=(0.0, 0.5))
 def test_lockstep(name, grouping, debias):
     """D of a bias in front of a norm is eps: within a group D spans seven orders of magnitude."""
     more = {"grouping": grouping, "k": 0.4, "metric": "auto", "debias": debias}
@@ -252,7 +248,7 @@ def test_lockstep(name, grouping, debias):
     assert max(worst) <= CLOSE
 
 
-@every_grouping_metric_training
+@every_grouping
 def test_groups_die_where_the_twin_kills_them(grouping):
     more = {"grouping": grouping, "k": 0.4, "metric": "auto", "debias": 0.5}
     worst, dead = lockstep(*pair(eps=0.1), 30, 1.0, **more)
@@ -261,7 +257,7 @@ def test_groups_die_where_the_twin_kills_them(grouping):
 
 
 @pytest.mark.parametrize("name", ["Adam", "amsgrad", "RMSprop", "Adagrad"])
-@every_grouping_metric_training
+@every_grouping
 def test_shares_are_found_to_a_millionth(name, grouping):
     """u = theta t / (v D - theta D), best read from the weight of a group that shrinks most."""
     model, lam = network(), 0.1
@@ -290,7 +286,7 @@ def test_shares_are_found_to_a_millionth(name, grouping):
         assert (shares - torch.cat(expected))[live].abs().max() <= 1e-6
 
 
-@every_grouping_metric_training
+@every_grouping
 @pytest.mark.parametrize("metric", ["auto", "group"])
 def test_a_layer_of_several_blocks(grouping, metric):
     more = {"grouping": grouping, "k": 0.4, "metric": metric}
@@ -298,9 +294,7 @@ def test_a_layer_of_several_blocks(grouping, metric):
     assert max(worst) <= CLOSE
 
 
-@every_optimizer
-@every_grouping_metric_training
-@pytest.mark.parametrize("debias", [0.0, 0.5])
+@every_pair(name=NAMES, grouping=GROUPINGS, debias=(0.0, 0.5))
 def test_the_mean_over_each_group(name, grouping, debias):
     """One tangent is exact: nothing is iterated."""
     more = {"grouping": grouping, "k": 0.4, "metric": "group", "debias": debias}
@@ -352,7 +346,7 @@ def test_rates_weights_and_costs(grouping, metric):
     assert max(worst) <= CLOSE
 
 
-@every_optimizer
+@pytest.mark.parametrize("name", NAMES)
 def test_the_identity_is_the_default_and_knows_no_metric(name):
     models, optimizers = pair(name=name)
     third = network()
