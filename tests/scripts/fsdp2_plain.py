@@ -87,7 +87,7 @@ CASES: dict[str, tuple[dict[str, Any], int]] = {
 class Collectives(TorchDispatchMode):
     """Number of collectives while it is on.
 
-    torch's `CommDebugMode` counts the same, and notes every other operation, too: two thirds of the
+    torch's `CommDebugMode` counts the same, and notes every other operation, too: two fifths of the
     time of these trainings.
     """
 
