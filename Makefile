@@ -14,6 +14,10 @@ TEST_ENVIRONMENT := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17179869184 \
 	MALLOC_TOP_PAD_=268435456
 
+# Python compiles what is imported when it is: all of it takes a minute more. And first pip itself:
+# that of Python 3.11 takes three times as long to find out what is needed.
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+
 # Types are checked beside the tests.
 MAKEFLAGS += --jobs=2
 
@@ -48,8 +52,8 @@ dist: .venv/installed  ## Wheel and sdist in dist/, and the demo with the wheel 
 	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv .venv-dist
 	tar -xzf dist/*.tar.gz -C .venv-dist
-	.venv-dist/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		"$$(echo dist/*.whl)[examples]"
+	.venv-dist/bin/python $(INSTALL) pip
+	.venv-dist/bin/python $(INSTALL) "$$(echo dist/*.whl)[examples]"
 	cd .venv-dist/lightning_wgsef-*/ && rm -r lightning_wgsef && ../bin/python -m examples.quickstart
 	.venv-dist/bin/lightning-wgsef --help > .venv-dist/help.txt
 
@@ -110,15 +114,14 @@ oto-environment: .venv-oto/installed  ## For HESSO of OTO, which is no dependenc
 clean:  ## Environments and caches away.
 	rm -rf .venv .venv-dist .venv-oto dist .benchmarks site .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 
-# Python compiles what is imported when it is: all of it takes a minute more.
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile \
-		-c constraints.txt -e ".[dev]"
+	$(BIN)/python $(INSTALL) pip
+	$(BIN)/python $(INSTALL) -e ".[dev]"
 	touch $@
 
 .venv-oto/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-oto
-	.venv-oto/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
-		-e ".[dev]" only_train_once==3.0.1
+	.venv-oto/bin/python $(INSTALL) pip
+	.venv-oto/bin/python $(INSTALL) -e ".[dev]" only_train_once==3.0.1
 	touch $@
