@@ -95,10 +95,20 @@ def test_a_share_that_no_budget_leaves_is_refused() -> None:
         budget_for_operations(SmallConvNet(), 1e-4, EXAMPLE, grouping="structure")
 
 
-def execute(run: Run, folder: Path) -> dict[str, Any]:
-    before = run.pretraining
-    weights = folder / f"{(before or run).name}.safetensors"
+def execute(run: Run, folder: Path, weights: Path) -> dict[str, Any]:
     return protocol.execute(run, folder, folder / "work", "cpu", weights)
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], Path]:
+    """The record and the weights of the network that others start from."""
+    folder = tmp_path_factory.mktemp("dense")
+    run = Run(TASK, "ProxSGD", 0.0, 3, trial=False).pretraining
+    assert run is not None
+    assert (run.task.epochs, run.task.lr, run.task.pretrained) == (6, 0.1, None)
+    record = execute(run, folder, folder / "weights.safetensors")
+    assert record["test_accuracy"] > 90
+    return record, folder / "weights.safetensors"
 
 
 @pytest.mark.parametrize(
@@ -115,13 +125,12 @@ def execute(run: Run, folder: Path) -> dict[str, Any]:
     ],
 )
 def test_methods_start_from_the_dense_network_and_end_at_its_share(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dense: tuple[dict[str, Any], Path],
+    method: str,
 ) -> None:
-    dense = Run(TASK, "ProxSGD", 0.0, 3, trial=False).pretraining
-    assert dense is not None
-    assert (dense.task.epochs, dense.task.lr, dense.task.pretrained) == (6, 0.1, None)
-    whole = execute(dense, tmp_path)
-    assert whole["test_accuracy"] > 90
+    whole, weights = dense
     run = Run(TASK.of(method), method, METHODS[method].tried(TASK)[1], 3, trial=False)
     started: list[dict[str, Any]] = []
 
@@ -130,7 +139,7 @@ def test_methods_start_from_the_dense_network_and_end_at_its_share(
         return real(situation, run)
 
     monkeypatch.setattr(protocol, "sized", sized)
-    record = execute(run, tmp_path)
+    record = execute(run, tmp_path, weights)
     left = record["flops"][1] / record["flops"][0]
     if "global" in method:  # what training moves is another thing than what norms say before
         assert 0.2 < left < 0.8
@@ -142,8 +151,7 @@ def test_methods_start_from_the_dense_network_and_end_at_its_share(
         assert run.task.lr == 0.1
     else:
         assert len(record["validation"]) == 4
-        weights = load_file(tmp_path / f"{dense.name}.safetensors")
-        torch.testing.assert_close(started[0], weights, rtol=0, atol=0)
+        torch.testing.assert_close(started[0], load_file(weights), rtol=0, atol=0)
     assert runs_of([record, whole], TASK, method) == [record]
     assert runs_of([record, whole], replace(TASK, operations=0.25), method) == []
     assert runs_of([record, whole], replace(TASK, operations=0.25), "dense") == [whole]
@@ -157,19 +165,21 @@ def test_weights_of_another_memory_format_are_kept(tmp_path: Path) -> None:
     torch.testing.assert_close(found, dict(network.state_dict()), rtol=0, atol=0)
 
 
-def test_a_resumed_run_has_the_same_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_has_the_same_budget(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: tuple[dict[str, Any], Path]
+) -> None:
     from examples.benchmark.callbacks import Checkpoint
     from tests.helpers.benchmark_runs import WRITE, stopping
 
     run = Run(TASK, "homotopy, structure, global", 1e-4, 3, trial=False)
     assert run.pretraining is not None
-    execute(run.pretraining, tmp_path)
-    whole = execute(run, tmp_path)
+    assert run.pretraining.name == dense[0]["name"]
+    whole = execute(run, tmp_path, dense[1])
     monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(0))
     with pytest.raises(RuntimeError, match="stop"):
-        execute(run, tmp_path)
+        execute(run, tmp_path, dense[1])
     monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
-    resumed = execute(run, tmp_path)
+    resumed = execute(run, tmp_path, dense[1])
     for key in ("k", "validation", "loss", "alive", "test_accuracy", "flops"):
         assert resumed[key] == whole[key], key
 

@@ -21,6 +21,7 @@ from lightning_wgsef.groupings.removability import zero_invariance
 from lightning_wgsef.network.dependency_graph import Graph
 from tests.helpers.groups import members, names
 from tests.helpers.networks.real import real_network, run_network
+from tests.helpers.products import every_value
 
 BOTH = "head and hidden"
 PATTERNS = {
@@ -349,7 +350,7 @@ def wrong_weights(groups, masks):
     return wrong
 
 
-@cases()
+@every_value("network, grouping", FOUND)
 def test_training_ends_on_the_budget(network, grouping):
     model, example = real_network(network)
     module, regularizer = trained(model, example, **arguments(network, grouping, example))

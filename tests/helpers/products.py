@@ -1,9 +1,9 @@
-"""Products of parameters of which the tests run enough that every two values meet."""
+"""Products of parameters, and lists of cases, of which the tests run what meets all values."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import pytest
@@ -12,25 +12,47 @@ import pytest
 def every_pair(**axes: Sequence[Any]) -> pytest.MarkDecorator:
     """Parametrize a test by a product; ``make sweep`` runs what no pair of values needs.
 
-    Faults of one parameter, or of two together, are met by the cases that always run: the ones with
-    the most pairs that were not there before, one after another.
+    Faults of one parameter, or of two together, are met by the cases that always run.
 
     >>> mark = every_pair(a=[0, 1], b=[0, 1], c=[0, 1])
     >>> [case.values for case in mark.args[1] if not case.marks]
     [(0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)]
     """
-    cases = list(itertools.product(*(range(len(values)) for values in axes.values())))
-    pairs = {case: set(itertools.combinations(enumerate(case), 2)) for case in cases}
-    missing, chosen = set().union(*pairs.values()), set()
+    numbers = list(itertools.product(*(range(len(values)) for values in axes.values())))
+    chosen = _covering(numbers, 2)
+    values = [[x[i] for x, i in zip(axes.values(), case, strict=True)] for case in numbers]
+    return _marked(tuple(axes), values, [case in chosen for case in numbers])
+
+
+def every_value(names: str, cases: Iterable[tuple[Hashable, ...]]) -> pytest.MarkDecorator:
+    """Parametrize a test by cases; ``make sweep`` runs those without a value of their own.
+
+    >>> mark = every_value("network, grouping", [("a", 1), ("a", 2), ("b", 1), ("b", 2)])
+    >>> [case.values for case in mark.args[1] if not case.marks]
+    [('a', 1), ('b', 2)]
+    """
+    cases = list(cases)
+    chosen = _covering(cases, 1)
+    return _marked(names, cases, [case in chosen for case in cases])
+
+
+def _covering(cases: Sequence[tuple[Hashable, ...]], together: int) -> set[tuple[Hashable, ...]]:
+    """Cases that meet as many values together as all do: the ones with the most new, in turn."""
+    met = {case: set(itertools.combinations(enumerate(case), together)) for case in cases}
+    missing, chosen = set().union(*met.values()), set()
     while missing:
-        case = max(cases, key=lambda case: len(pairs[case] & missing))
-        missing -= pairs[case]
+        case = max(cases, key=lambda case: len(met[case] & missing))
+        missing -= met[case]
         chosen.add(case)
-    marked = [
-        pytest.param(
-            *(values[number] for values, number in zip(axes.values(), case, strict=True)),
-            marks=() if case in chosen else pytest.mark.sweep,
-        )
-        for case in cases
+    return chosen
+
+
+def _marked(
+    names: str | tuple[str, ...], cases: Iterable[Iterable[Any]], always: Iterable[bool]
+) -> pytest.MarkDecorator:
+    """All cases; of which some are for ``make sweep``."""
+    params = [
+        pytest.param(*case, marks=() if runs else pytest.mark.sweep)
+        for case, runs in zip(cases, always, strict=True)
     ]
-    return pytest.mark.parametrize(tuple(axes), marked)
+    return pytest.mark.parametrize(names, params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from lightning_wgsef import WGSEF, Constant, Homotopy, WGSEFCallback
 from lightning_wgsef.training.options import ARGUMENTS, DEFAULTS, PruningOptions, Settings
 from tests.helpers.groups import dense_network, raises_naming
+from tests.helpers.products import every_value
 from tests.helpers.trainers import NAMESPACES, alive, loader, make_module, make_trainer, namespace
 
 BUDGET = {"conv2": 2, "fc": 3}
@@ -71,8 +73,7 @@ def test_acts_once_for_every_step_of_the_optimizer(accumulate: int) -> None:
     assert alive(model) == BUDGET
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-@pytest.mark.parametrize("stop", [13, 20, 27, 39, 60])
+@every_value("stop, optimizer", itertools.product([13, 20, 27, 39, 60], ["sgd", "adam"]))
 def test_resume_is_bit_identical(tmp_path: Any, optimizer: str, stop: int) -> None:
     """Stops in the first epoch, at its end, just before the freeze and after it (at step 40)."""
 

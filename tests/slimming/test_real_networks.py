@@ -1,12 +1,13 @@
 """Half of every set of well-known architectures zero, and taken out: sizes and outputs."""
 
 import copy
+import itertools
 
-import pytest
 import torch
 
 from lightning_wgsef import group_parameters, slim
 from tests.helpers.networks.real import NETWORKS, real_network, run_network
+from tests.helpers.products import every_value
 
 TRACED = ("structure", "layer")
 NOTHING = {  # networks that have no groups of a kind
@@ -18,6 +19,7 @@ NOTHING = {  # networks that have no groups of a kind
 }
 # Two attention modules of T5 make position biases for every head; its first blocks hand them on.
 STAY = {("T5", "head"): 2, ("T5", "layer"): 2}
+TIED = ("ResNet18", "MobileNetV2", "DenseNet40", "ConvNeXt", "UNet")
 CASES = [
     (network, grouping)
     for grouping, without in NOTHING.items()
@@ -56,7 +58,7 @@ def answers(model, example, training):
         return run_network(twin, example)
 
 
-@pytest.mark.parametrize(("network", "grouping"), CASES)
+@every_value("network, grouping", CASES)
 def test_what_is_left_are_the_groups_that_are_not_zero(network, grouping):
     model, example, groups = half_zero(network, grouping)
     small = slim(model, example)
@@ -90,8 +92,7 @@ def left_names(groups):
     return {layer.name for layer in groups.layers}
 
 
-@pytest.mark.parametrize("network", ["ResNet18", "MobileNetV2", "DenseNet40", "ConvNeXt", "UNet"])
-@pytest.mark.parametrize("grouping", ["filter", "channel"])
+@every_value("network, grouping", itertools.product(TIED, ["filter", "channel"]))
 def test_filters_and_channels_go_as_far_as_ties_allow(network, grouping):
     model, example, _ = half_zero(network, grouping)
     small = slim(model, example)

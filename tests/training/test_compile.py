@@ -32,7 +32,12 @@ EXACT = ("eager", "aot_eager")
 HOW = ("module", "inner", "inner in place", "step", "step inside optimizer_step")
 # A step with a closure is slow to compile: one backend is enough.
 RUNS = [
-    pytest.param(how, backend, marks=[needs_compiler] if backend == "inductor" else [])
+    pytest.param(
+        how,
+        backend,
+        marks=[needs_compiler] * (backend == "inductor")
+        + [pytest.mark.sweep] * (how != "inner" and backend != "eager"),
+    )
     for backend in (*EXACT, "inductor")
     for how in HOW
     if how != "step" or backend == "eager"

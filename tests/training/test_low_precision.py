@@ -1,6 +1,7 @@
 """Proximal steps that bfloat16 and float16 would round away: they wait until they can be seen."""
 
 import io
+import itertools
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 from lightning_wgsef import WGSEF, Constant, Homotopy, prox_multipliers
 from tests.helpers.oracles.preconditioned_training import owners, same
+from tests.helpers.products import every_value
 
 STEPS = 1000
 # A step shrinks winners by this share, and the weakest loser by five times as much: below half a
@@ -62,8 +64,7 @@ def half_unit(dtype):
     return torch.finfo(dtype).eps / 2
 
 
-@every_dtype
-@pytest.mark.parametrize("debias", [0.0, 0.5])
+@every_value("dtype, debias", itertools.product(SHRINK, [0.0, 0.5]))
 def test_a_thousand_steps_that_rounding_would_lose(dtype, debias):
     """A proximal step of a convex penalty brings two points no farther from each other.
 

@@ -37,6 +37,7 @@ from tests.helpers.networks.scope import (
     still,
 )
 from tests.helpers.oracles import envelope as oracle
+from tests.helpers.products import every_pair
 from tests.helpers.trainers import make_trainer
 
 PRICES = (1.0, 2.0, 1.5, 3.0, 1.0, 2.5, 0.5)
@@ -535,9 +536,7 @@ def test_the_gap_stays_closed_while_the_network_goes_on_training():
 # --- resuming ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("costs", ["flops", "latency"])
-@pytest.mark.parametrize("metric", ["identity", "auto"])
-@pytest.mark.parametrize("stop", [4, 14, 22])
+@every_pair(costs=("flops", "latency"), metric=("identity", "auto"), stop=(4, 14, 22))
 def test_resume_is_bit_identical(tmp_path, even_time, costs, metric, stop):
     """Times were measured at the start of the run; the checkpoint has others."""
 
