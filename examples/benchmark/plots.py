@@ -34,9 +34,13 @@ SHOWN = (
 
 
 def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
-    """For every task that was run, accuracy against operations and curves, as SVG."""
+    """Every curve, and of a task on none accuracy against operations and epochs, as SVG."""
     written: list[Path] = []
+    curves = curves_of(suite)
+    drawn_together = {task.name for curve in curves for task in curve.tasks}
     for task in suite.tasks:
+        if task.name in drawn_together:
+            continue
         found = {method: runs_of(records, task, method) for method in suite.methods}
         found = {m: runs for m, runs in found.items() if len(runs) >= len(suite.seeds_for(m))}
         if found.keys() <= {"dense"}:
@@ -54,7 +58,7 @@ def draw(suite: Suite, records: list[Record], folder: Path) -> list[Path]:
         )
         figure.suptitle(f"{task.network} on {task.data}, {task.budget()}")
         written.append(save(figure, folder / f"{task.name}.svg"))
-    for curve in curves_of(suite):
+    for curve in curves:
         written += _draw_curve(suite, records, curve, folder)
     return written
 

@@ -131,7 +131,7 @@ def test_a_curve_is_drawn_once(tmp_path: Path) -> None:
     for record in records(ACCURACIES):
         made.append(record)
     written = [path.name for path in write_report(SUITE, made, tmp_path)]
-    assert sorted(written) == ["README.md", "a-12.svg", "a-30.svg", "a-60.svg", CURVE]
+    assert sorted(written) == ["README.md", CURVE]
     assert f"![Test accuracy over operations]({CURVE})" in (tmp_path / "README.md").read_text(
         "utf-8"
     )
@@ -156,7 +156,7 @@ def test_a_curve_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     records = Records(tmp_path / "tiny" / "records.jsonl")
     assert len(records.all()) == 4
     written = write_report(read(str(path)), records, tmp_path / "tiny")
-    assert {path.name for path in written} == {"README.md", "a.svg", "b.svg", "c.svg", CURVE}
+    assert {path.name for path in written} == {"README.md", CURVE}
     for record in records.all():
         if record["method"] != "dense":
             wanted = record["task"]["operations"]
@@ -172,7 +172,7 @@ def test_a_method_is_drawn_once_all_of_its_own_seeds_were_run(
     seeds_of: dict[str, list[int]], drawn: bool, tmp_path: Path
 ) -> None:
     """In the picture of a task, some methods have fewer seeds than the others."""
-    suite = replace(SUITE, seeds_of=seeds_of)
+    suite = replace(SUITE, tasks=SUITE.tasks[1:2], seeds_of=seeds_of)
     made = Records(tmp_path / "records.jsonl")
     for record in records({**ACCURACIES, "Torch-Pruning": {0.6: (80.0,)}}):
         made.append(record)
