@@ -85,7 +85,7 @@ def curve_lines(suite: Suite, records: Sequence[Record], curve: Curve) -> list[s
     lines += [f"![Test accuracy over operations]({curve.name}.svg)", "", *table(header, rows)]
     if REFERENCE not in found:
         return lines
-    return [*lines, "", *(f"- {line}" for line in _verdicts(found, curve.shares))]
+    return [*lines, "", *(f"- {line}" for line in _verdicts(suite, found, curve.shares))]
 
 
 def _cell(runs: list[Record] | None, share: float) -> str:
@@ -102,7 +102,7 @@ def _alike(left: float, share: float) -> bool:
     return abs(left / share - 1) <= 0.02
 
 
-def _verdicts(found: Points, shares: Sequence[float]) -> list[str]:
+def _verdicts(suite: Suite, found: Points, shares: Sequence[float]) -> list[str]:
     """Sentences: where ours stands at every size, and where it crosses the others."""
     lines = []
     leads: dict[str, dict[float, list[float]]] = {}
@@ -124,7 +124,11 @@ def _verdicts(found: Points, shares: Sequence[float]) -> list[str]:
         if not _alike(its, own):
             line += f", which keeps {its:.1%} of the operations, ours {own:.1%}"
         within = [method for method in ahead if inside(ahead[method])]
-        lines.append(line + (f"; inside the spread: {', '.join(within)}." if within else "."))
+        if within:
+            line += f"; inside the spread: {', '.join(within)}"
+        known = {REFERENCE, *WITHOUT_BUDGET, *ahead}
+        missing = [method for method in suite.methods if method not in known]
+        lines.append(line + (f"; not run: {', '.join(missing)}." if missing else "."))
     for method in rivals:
         means = [
             (share, statistics.mean(leads[method][share]))

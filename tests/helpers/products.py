@@ -25,7 +25,7 @@ def every_pair(**axes: Sequence[Any]) -> pytest.MarkDecorator:
 
 
 def every_value(names: str, cases: Iterable[tuple[Hashable, ...]]) -> pytest.MarkDecorator:
-    """Parametrize a test by cases; ``make sweep`` runs those without a value of their own.
+    """Parametrize a test by cases; ``make sweep`` runs those whose values others meet.
 
     >>> mark = every_value("network, grouping", [("a", 1), ("a", 2), ("b", 1), ("b", 2)])
     >>> [case.values for case in mark.args[1] if not case.marks]
