@@ -316,6 +316,7 @@ def test_a_method_with_a_fixed_value_has_to_be_known(tmp_path: Path) -> None:
         read_suite(str(path), KNOWN)
 
 
+@pytest.mark.sweep
 def test_resnet20_keeps_the_share_by_widths_alone() -> None:
     """Within 2 % of what the suite asks for; slim makes it of these widths."""
     suite = read_suite("resnet20", KNOWN)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
@@ -27,9 +28,9 @@ def every_pair(**axes: Sequence[Any]) -> pytest.MarkDecorator:
 def every_value(names: str, cases: Iterable[tuple[Hashable, ...]]) -> pytest.MarkDecorator:
     """Parametrize a test by cases; ``make sweep`` runs those whose values others meet.
 
-    >>> mark = every_value("network, grouping", [("a", 1), ("a", 2), ("b", 1), ("b", 2)])
+    >>> mark = every_value("network, grouping", itertools.product("abcd", [1, 2]))
     >>> [case.values for case in mark.args[1] if not case.marks]
-    [('a', 1), ('b', 2)]
+    [('a', 1), ('b', 2), ('c', 1), ('d', 2)]
     """
     cases = list(cases)
     chosen = _covering(cases, 1)
@@ -37,12 +38,21 @@ def every_value(names: str, cases: Iterable[tuple[Hashable, ...]]) -> pytest.Mar
 
 
 def _covering(cases: Sequence[tuple[Hashable, ...]], together: int) -> set[tuple[Hashable, ...]]:
-    """Cases that meet as many values together as all do: the ones with the most new, in turn."""
+    """Cases that meet as many values together as all do.
+
+    In turn the one with the most new; of several, whose values were met the fewest times.
+    """
     met = {case: set(itertools.combinations(enumerate(case), together)) for case in cases}
     missing, chosen = set().union(*met.values()), set()
+    times = Counter[Hashable]()
+
+    def gain(case: tuple[Hashable, ...]) -> tuple[int, int]:
+        return len(met[case] & missing), -sum(times[values] for values in met[case])
+
     while missing:
-        case = max(cases, key=lambda case: len(met[case] & missing))
+        case = max(cases, key=gain)
         missing -= met[case]
+        times.update(met[case])
         chosen.add(case)
     return chosen
 

@@ -36,7 +36,7 @@ from tests.helpers.fuzzing import (
 )
 from tests.helpers.networks.fuzz import Network
 
-EXAMPLES = int(os.environ.get("FUZZ", "60"))
+EXAMPLES = int(os.environ.get("FUZZ", "40"))
 EXPECTED = (
     "lam = .* had not reached the budget",
     "training ended before the mask was frozen",

@@ -1,6 +1,7 @@
 """Training in the optimizer's metric: homotopy, debiased steps, and resuming."""
 
 import io
+import itertools
 import warnings
 from dataclasses import replace
 
@@ -23,7 +24,7 @@ from tests.helpers.oracles.preconditioned_training import (
     train,
     wide_network,
 )
-from tests.helpers.products import every_pair
+from tests.helpers.products import every_pair, every_value
 
 METRICS = ("auto", "group")
 GROUPINGS = ("filter", "channel", "element")
@@ -75,7 +76,7 @@ def test_homotopy_keeps_the_strongest_in_the_metric(name, metric, grouping):
     assert [int(mask.sum()) for mask in regularizer.masks.values()] == groups.budgets.tolist()
 
 
-@every_pair(name=NAMES, metric=METRICS, grouping=GROUPINGS)
+@every_value("name, metric, grouping", itertools.product(NAMES, METRICS, GROUPINGS))
 def test_homotopy_arrives_without_a_jump(name, metric, grouping):
     """Weights that nothing moves: those that are cut have faded before, the freeze changes none."""
     model, last = network(), 150
@@ -240,7 +241,7 @@ def eps(name, debias):
     return {"eps": 0.1} if debias and name != "SGD" else {}
 
 
-@every_pair(name=NAMES, grouping=GROUPINGS, debias=(0.0, 0.5))
+@every_value("name, grouping, debias", itertools.product(NAMES, GROUPINGS, (0.0, 0.5)))
 def test_lockstep(name, grouping, debias):
     """D of a bias in front of a norm is eps: within a group D spans seven orders of magnitude."""
     more = {"grouping": grouping, "k": 0.4, "metric": "auto", "debias": debias}
@@ -294,7 +295,7 @@ def test_a_layer_of_several_blocks(grouping, metric):
     assert max(worst) <= CLOSE
 
 
-@every_pair(name=NAMES, grouping=GROUPINGS, debias=(0.0, 0.5))
+@every_value("name, grouping, debias", itertools.product(NAMES, GROUPINGS, (0.0, 0.5)))
 def test_the_mean_over_each_group(name, grouping, debias):
     """One tangent is exact: nothing is iterated."""
     more = {"grouping": grouping, "k": 0.4, "metric": "group", "debias": debias}
