@@ -196,7 +196,9 @@ class Pruner:
 
     def progress(self) -> tuple[int, int]:
         """Return how many groups have died, and how many more a freeze would cut now."""
+        weights = self.groups.weights
         survivors = self.step.survivors(self.step.norms(), self.groups.budgets)
+        self.groups.weights = weights  # those of the last step, which a checkpoint has
         alive = self.groups.norms() > 0
         return int((~alive).sum()), int((alive & ~survivors).sum())
 

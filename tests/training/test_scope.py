@@ -590,3 +590,15 @@ def test_a_state_of_a_plain_loop_brings_weights_and_budgets():
         nn.utils.parameters_to_vector(second[0].parameters()),
     )
     assert first[2].value().tolist() == second[2].value().tolist()
+
+
+def test_what_is_foretold_changes_nothing_that_is_saved():
+    """Weights by layer norms are those of the last step, whoever asked what would be cut since."""
+    model = dense_network()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    regularizer = WGSEF(model, 0.5, Homotopy(length=20), scope="global").attach(optimizer)
+    train(model, optimizer, batches(5))
+    (pruner,) = regularizer.pruners
+    before = pruner.state_dict()["weights"].clone()
+    assert pruner.progress() == pruner.progress()
+    assert torch.equal(pruner.state_dict()["weights"], before)
