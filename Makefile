@@ -15,7 +15,9 @@ TRAIN_ENVIRONMENT := MALLOC_MMAP_THRESHOLD_=8589934592 MALLOC_TRIM_THRESHOLD_=17
 	MALLOC_TOP_PAD_=268435456
 
 # Python compiles what is imported when it is: all of it takes a minute more. And first pip itself:
-# that of Python 3.11 takes three times as long to find out what is needed.
+# that of Python 3.11 takes three times as long to find out what is needed. What is compiled is
+# kept, also where images for containers say otherwise: every process would do it again.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
 
 # Types are checked beside the tests.

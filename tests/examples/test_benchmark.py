@@ -389,16 +389,6 @@ def test_a_processor_without_bfloat16_is_told_before_anything_trains(
     assert found == said
 
 
-def test_a_run_that_fails_says_why(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """An image of 8 pixels is too small for LeNet-5."""
-    (tmp_path / "small.yaml").write_text(SUITE.replace("small-conv", "lenet5"))
-    assert finish(monkeypatch, tmp_path) == 1
-    said = capsys.readouterr()
-    assert "failed: ValueError: example_input must be what LeNet5" in said.out + said.err
-
-
 def test_a_count_stays_a_count_and_a_share_a_share(tmp_path: Path) -> None:
     path = tmp_path / "suite.yaml"
     one = "{network: lenet5, data: digits, epochs: 2, k: %s}"

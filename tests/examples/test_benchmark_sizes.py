@@ -15,6 +15,7 @@ from torch import nn
 
 from examples.benchmark import run as protocol
 from examples.benchmark.__main__ import main
+from examples.benchmark.callbacks import Checkpoint
 from examples.benchmark.method_api import Situation
 from examples.benchmark.methods import METHODS
 from examples.benchmark.records import Records
@@ -27,6 +28,7 @@ from examples.models.resnet import CifarResNet
 from examples.sizes import budget_for_operations
 from lightning_wgsef import group_parameters, slim
 from lightning_wgsef.network.flops import layer_flops
+from tests.helpers.benchmark_runs import WRITE, stopping
 
 KNOWN = {"network": NETWORKS, "data": DATA, "methods": METHODS}
 EXAMPLE = torch.zeros(2, 1, 8, 8)
@@ -155,6 +157,16 @@ def test_methods_start_from_the_dense_network_and_end_at_its_share(
     assert runs_of([record, whole], TASK, method) == [record]
     assert runs_of([record, whole], replace(TASK, operations=0.25), method) == []
     assert runs_of([record, whole], replace(TASK, operations=0.25), "dense") == [whole]
+    if "global" not in method:
+        return
+    # The budget of a resumed run is that of the network it started from.
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(0))
+    with pytest.raises(RuntimeError, match="stop"):
+        execute(run, tmp_path, weights)
+    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
+    resumed = execute(run, tmp_path, weights)
+    for key in ("k", "validation", "loss", "alive", "test_accuracy", "flops"):
+        assert resumed[key] == record[key], key
 
 
 def test_weights_of_another_memory_format_are_kept(tmp_path: Path) -> None:
@@ -163,25 +175,6 @@ def test_weights_of_another_memory_format_are_kept(tmp_path: Path) -> None:
     protocol.save_weights(network, tmp_path / "new" / "dense.safetensors")
     found = load_file(tmp_path / "new" / "dense.safetensors")
     torch.testing.assert_close(found, dict(network.state_dict()), rtol=0, atol=0)
-
-
-def test_a_resumed_run_has_the_same_budget(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dense: tuple[dict[str, Any], Path]
-) -> None:
-    from examples.benchmark.callbacks import Checkpoint
-    from tests.helpers.benchmark_runs import WRITE, stopping
-
-    run = Run(TASK, "homotopy, structure, global", 1e-4, 3, trial=False)
-    assert run.pretraining is not None
-    assert run.pretraining.name == dense[0]["name"]
-    whole = execute(run, tmp_path, dense[1])
-    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(0))
-    with pytest.raises(RuntimeError, match="stop"):
-        execute(run, tmp_path, dense[1])
-    monkeypatch.setattr(Checkpoint, "on_train_epoch_end", WRITE)
-    resumed = execute(run, tmp_path, dense[1])
-    for key in ("k", "validation", "loss", "alive", "test_accuracy", "flops"):
-        assert resumed[key] == whole[key], key
 
 
 def test_what_cannot_be_left_is_the_share_of_tied_groups(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +228,7 @@ def test_the_dense_networks_are_trained_first(tmp_path: Path) -> None:
 
 SUITE = """
 defaults: {network: small-conv, data: digits, epochs: 2, batch_size: 64, pretrained: {epochs: 2}}
-tasks: {quarter: {operations: 0.25}}
+tasks: {quarter: {operations: 0.25}, tiny: {operations: 0.25, network: lenet5}}
 methods: [dense, "homotopy, structure, layer", small from scratch]
 fixed: {"homotopy, structure, layer": 1.0e-4, small from scratch: 1.0}
 seeds: [0]
@@ -243,12 +236,19 @@ anchors: {a paper: ["97.0", 60 %, 9 epochs]}
 """
 
 
-def test_a_whole_suite_with_its_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_suite_with_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Runs that fail, an image of 8 pixels is too small for LeNet-5, say why and stop no other."""
     (tmp_path / "small.yaml").write_text(SUITE)
     paths = ["--results", str(tmp_path / "results"), "--work", str(tmp_path / "work")]
     command = ["benchmark", "--suite", str(tmp_path / "small.yaml"), *paths]
     monkeypatch.setattr(sys, "argv", command)
-    assert main() == 0
+    assert main() == 1
+    said = capsys.readouterr()
+    assert "failed: ValueError: example_input must be what LeNet5" in said.out + said.err
+    monkeypatch.setattr(sys, "argv", [*command, "--task", "quarter"])
+    assert main() == 0  # nothing is left to do
     folder = tmp_path / "results" / "small"
     records = Records(folder / "records.jsonl").all()
     assert len(records) == 3

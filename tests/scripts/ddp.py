@@ -2,7 +2,7 @@
 
 python tests/scripts/ddp.py FOLDER
 
-Four trainings, one after another, whose names are in ``TRAININGS``.
+Three trainings, one after another, whose names are in ``TRAININGS``.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from tests.scripts.fsdp2_lightning import Module, Shares, make_callback, make_tr
 
 RESUMED_FROM = 15
 """A step after the freeze."""
-# Name of the outcome: optimizer, and the checkpoint from which it goes on.
+# Name of the outcome: optimizer, weights of the penalty, and the checkpoint where it goes on.
 TRAININGS = {
-    "adam": ("adam", None),
-    "zero": ("zero", None),
-    "zero resumed": ("zero", f"zero.step={RESUMED_FROM}.ckpt"),
-    "taylor": ("adam", None),
+    "adam": ("adam", "sqrt_size", None),
+    "zero": ("zero", "taylor", None),
+    "zero resumed": ("zero", "taylor", f"zero.step={RESUMED_FROM}.ckpt"),
 }
 
 
@@ -42,9 +41,8 @@ class WithOptimizer(Module):
 
 
 def train(folder: str, end: str) -> None:
-    optimizer, start = TRAININGS[end]
-    measured = {"weights": "taylor"} if end == "taylor" else {}
-    module, callback = WithOptimizer(optimizer), make_callback(dashboard=True, **measured)
+    optimizer, weights, start = TRAININGS[end]
+    module, callback = WithOptimizer(optimizer), make_callback(dashboard=True, weights=weights)
     logger = TensorBoardLogger(folder, name="logs", version=end)
     saver = ModelCheckpoint(folder, f"{end}.{{step}}", every_n_train_steps=5, save_top_k=-1)
     arguments = {"strategy": "ddp", "devices": 2, "use_distributed_sampler": False}

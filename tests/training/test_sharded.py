@@ -14,8 +14,10 @@ from tests.scripts.fsdp2_plain import CASES, FREEZE, HALF, STEPS, Network, resum
 pytestmark = pytest.mark.processes
 # Placements with three or more processes, or along other axes, with one case of every kind.
 FEWER = ("columns", "tiles", "coupled", "global", "metric")
-ON_TWO = [("rows", case) for case in CASES] + [
-    (placement, case) for placement in ("columns", "ignored") for case in FEWER
+ON_TWO = [
+    *(("rows", case) for case in CASES),
+    *(("columns", case) for case in FEWER),
+    *(("ignored", case) for case in ("coupled", "metric")),
 ]
 ON_FOUR = [
     (placement, case) for placement in ("rows", "hybrid", "tensor parallel") for case in FEWER
