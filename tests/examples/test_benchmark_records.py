@@ -22,7 +22,7 @@ COUNTS = {
     "allocation": 54,
     "budget": 90,
     "cpu": 636,
-    "curves": 311,
+    "curves": 332,
     "optimizers": 94,
     "resnet20": 49,
     "sensitivity": 96,
