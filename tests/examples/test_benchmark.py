@@ -36,16 +36,11 @@ ROOT = Path(__file__).parents[2]
 TASK = Task(
     name="digits", network="small-conv", data="digits", k=0.25, epochs=4, batch_size=64, lr=0.05
 )
-# One of every kind: the others differ in arguments of the package alone.
-KINDS = (
-    "dense",
-    "small from scratch",
-    "one-shot magnitude",
-    "gradual magnitude",
-    "Torch-Pruning",
-    "homotopy, structure, layer",
-)
+# One of every kind: the others differ in arguments of the package alone, or in one callback.
+KINDS = ("small from scratch", "gradual magnitude", "Torch-Pruning", "homotopy, structure, layer")
 RELATED = (
+    "dense",
+    "one-shot magnitude",
     "HSPG",
     "AdaHSPG+",
     "PAT, global",

@@ -159,6 +159,8 @@ def test_methods_start_from_the_dense_network_and_end_at_its_share(
     assert runs_of([record, whole], replace(TASK, operations=0.25), "dense") == [whole]
     if "global" not in method:
         return
+    assert run.pretraining is not None
+    assert run.pretraining.name == whole["name"]
     # The budget of a resumed run is that of the network it started from.
     monkeypatch.setattr(Checkpoint, "on_train_epoch_end", stopping(0))
     with pytest.raises(RuntimeError, match="stop"):

@@ -134,6 +134,7 @@ def joint_loop() -> nn.Sequential:
     return slow_loop(steps[5:], net, optimizer, mask)
 
 
+@pytest.mark.sweep
 def test_ddp_spawn_does_what_one_process_does(tmp_path: Path) -> None:
     """Two epochs under ddp_spawn: the same weights on both, those of the joint batches."""
 
