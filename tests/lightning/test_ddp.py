@@ -33,7 +33,7 @@ def outcomes(folder: Path, end: str) -> list[Any]:
     return [torch.load(folder / f"{end}.{rank}", weights_only=True) for rank in range(2)]
 
 
-def alone(penalty: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def alone(penalty: str | None) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     module, callback = Module(sharded=False), make_callback(weights=penalty)
     trainer = make_trainer([callback], enable_checkpointing=False)
     trainer.fit(module, Shares(0, 1), Shares(0, 1))
