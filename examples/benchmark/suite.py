@@ -36,7 +36,8 @@ class Task:
         operations: share of the operations that the slim network keeps; every method has the k
             that leaves it.
         pretrained: settings of the training of the dense network, ``epochs`` among them, from which
-            the others start. "small from scratch" trains like this, for all of the epochs.
+            the others start. "small from scratch" trains like this, for all of the epochs and in
+            the precision of the task.
         structure: the grouping that ties what is removed together, by name or by patterns.
         exclude: patterns of layers that no method groups.
         optimizer: "sgd" (momentum 0.9), "adam" or "adamw".
@@ -89,7 +90,7 @@ class Task:
             return self
         own = dict(self.pretrained)
         if method not in WITHOUT_BUDGET:
-            own["epochs"] += self.epochs
+            own |= {"epochs": own["epochs"] + self.epochs, "precision": self.precision}
         return replace(self, **own, pretrained=None)
 
     def shorter(self, share: float) -> Task:
