@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import multiprocessing
 import os
+import signal
 import sys
 import time
 import traceback
@@ -169,10 +170,17 @@ def _work(run: Run, folders: Folders, device: str, until: float) -> None:
 
 
 def _reason(status: int | None, work: Path, name: str) -> str:
-    """The last line of what the run said, and where all of it is."""
+    """The last line of what the run said, and where all of it is.
+
+    >>> _reason(-11, Path("work"), "a run that said nothing")
+    'its process was ended by a signal (Segmentation fault); run the suite again to go on with it'
+    """
     path = work / f"{name}.failed"
     if not path.exists():
-        return f"its process ended with status {status}; run the suite again to go on with it"
+        how = f"ended with status {status}"
+        if status is not None and status < 0:
+            how = f"was ended by a signal ({signal.strsignal(-status)})"
+        return f"its process {how}; run the suite again to go on with it"
     return f"{path.read_text(encoding='utf-8').rstrip().splitlines()[-1]} (all of it: {path})"
 
 

@@ -97,6 +97,15 @@ def test_a_share_that_no_budget_leaves_is_refused() -> None:
         budget_for_operations(SmallConvNet(), 1e-4, EXAMPLE, grouping="structure")
 
 
+def test_the_small_network_trains_like_the_dense_one_in_the_precision_of_its_task() -> None:
+    settings = {"epochs": 6, "lr": 0.1, "precision": "bf16-mixed"}
+    task = replace(TASK, epochs=4, pretrained=settings)
+    found = {x: task.of(x) for x in ("dense", "small from scratch", "homotopy, structure, layer")}
+    assert [x.epochs for x in found.values()] == [6, 10, 4]
+    assert [x.lr for x in found.values()] == [0.1, 0.1, TASK.lr]
+    assert [x.precision for x in found.values()] == ["bf16-mixed", "32-true", "32-true"]
+
+
 def execute(run: Run, folder: Path, weights: Path) -> dict[str, Any]:
     return protocol.execute(run, folder, folder / "work", "cpu", weights)
 
