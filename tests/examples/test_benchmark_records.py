@@ -22,7 +22,7 @@ COUNTS = {
     "allocation": 54,
     "budget": 90,
     "cpu": 636,
-    "curves": 345,
+    "curves": 348,
     "optimizers": 94,
     "resnet20": 49,
     "sensitivity": 96,
