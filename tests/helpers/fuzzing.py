@@ -266,7 +266,7 @@ def trainings(draw: Any) -> Training:
     steps = Training(**shape).steps
     arguments = draw(callbacks(network, steps))
     return Training(
-        network=draw(st.sampled_from((fitting(network, arguments), network))),
+        network=draw(st.sampled_from((*[fitting(network, arguments)] * 3, network))),
         arguments=arguments,
         optimizer=optimizer,
         rates=draw(st.tuples(rates) | st.tuples(rates, rates)),

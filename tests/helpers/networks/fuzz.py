@@ -262,13 +262,18 @@ OPTIMIZERS: dict[str, tuple[type[optim.Optimizer], dict[str, Any]]] = {
 
 def fitting(network: Network, arguments: dict[str, Any]) -> Network:
     """The network with widths that can be cut into tiles, and groups that k can choose from."""
-    names = named(arguments["grouping"]).values()
-    least = 2 if "costs" in arguments else 1
-    if any(":" in name for name in names):
-        least = 12
-    fixed = network.fixed and (network.family != "mlp" or "hidden" not in names)
+    names = set(named(arguments["grouping"]).values())
+    least = 12 if any(":" in name for name in names) else 2
     first, second = max(network.first, least), max(network.second, least)
-    return replace(network, first=first, second=second, fixed=fixed)
+    if not names & {"channel", "filter", "head", "hidden", "structure"}:
+        return replace(network, first=first, second=second)
+    return replace(
+        network,
+        first=12 if "head" in names else first,
+        second=second,
+        norm="batch" if network.norm else "",  # others look at all channels at once
+        fixed=network.fixed and network.family not in ("mlp", "grouped"),
+    )
 
 
 def named(grouping: Any) -> dict[str, str]:
