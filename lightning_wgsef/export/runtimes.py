@@ -24,6 +24,8 @@ from lightning_wgsef.network.example_input import (
 from lightning_wgsef.utils.files import atomic_write
 from lightning_wgsef.utils.validation import check_model, check_number
 
+# Without it, on x86 that has no VNNI, onnxruntime adds products of int8 in 16 bits: they overflow.
+_EXACT_INT8 = ("session.x64quantprecision", "1")
 # Batch sizes: that of the trace (1 would be taken for a constant), and another to check with.
 _TRACED, _OTHER = 2, 3
 
@@ -34,7 +36,8 @@ def export_onnx(
     """Write a model as one ONNX file with a batch axis of any length.
 
     The file is run by onnxruntime on the example and on random numbers of another batch size, in
-    evaluation mode. It gets its name only when the outputs are those of the model.
+    evaluation mode. It gets its name only when the outputs are those of the model; of int8 with
+    sums that cannot overflow, and a warning says where the runtime's own do.
 
     Args:
         model: any module but one of `to_sparse`, whose layers torch cannot export; a copy of it is
@@ -74,7 +77,21 @@ def export_onnx(
                     verbose=False,
                 )
 
-        _export(model, example_input, write, lambda: _onnx_outputs(temporary), tolerance)
+        expected = _export(
+            model, example_input, write, lambda: _onnx_outputs(temporary, [_EXACT_INT8]), tolerance
+        )
+        usual = _onnx_outputs(temporary, [])
+        differences = [relative_difference(usual(inputs), true) for inputs, true in expected]
+    if not max(differences) <= tolerance:
+        name, value = _EXACT_INT8
+        warnings.warn(
+            f"{os.fspath(path)} gives what {type(model).__name__} does where products of int8 are "
+            f"added without overflow. On this processor onnxruntime does so only by its session "
+            f"option {name!r}: {value!r}, and differs by {max(differences):.3g} of the largest "
+            f"output without it: options = onnxruntime.SessionOptions(); "
+            f"options.add_session_config_entry({name!r}, {value!r})",
+            stacklevel=2,
+        )
 
 
 def export_program(model: nn.Module, path: str | os.PathLike[str], example_input: Any) -> None:
@@ -115,8 +132,12 @@ def _export(
     write: Callable[[nn.Module, Any, dict[str, Any], Any], None],
     load: Callable[[], Callable[[Any], list[Tensor]]],
     tolerance: float,
-) -> None:
-    """Write a copy of the model, load it and compare its outputs with the model's."""
+) -> list[tuple[Any, list[Tensor]]]:
+    """Write a copy of the model, load it and compare its outputs with the model's.
+
+    Returns:
+        inputs that were compared, each with the outputs of the model.
+    """
     check_model("model", model)
     network = model_copy(model).cpu().eval()
     example = mapped(lambda x: x.cpu() if isinstance(x, Tensor) else x, example_input)
@@ -144,6 +165,7 @@ def _export(
                 f"largest output, tolerance is {tolerance:g}; does its forward branch on values or "
                 "draw random numbers?"
             )
+    return list(zip((example, other), expected, strict=True))
 
 
 def _batch_axes(example: Any, traced: Any) -> Any:
@@ -179,9 +201,13 @@ class _Drawn:
         )
 
 
-def _onnx_outputs(path: Path) -> Callable[[Any], list[Tensor]]:
+def _onnx_outputs(path: Path, settings: list[tuple[str, str]]) -> Callable[[Any], list[Tensor]]:
+    """Load a file into onnxruntime with settings of the session."""
     runtime = _imported("onnxruntime")
-    session = runtime.InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    options = runtime.SessionOptions()
+    for name, value in settings:
+        options.add_session_config_entry(name, value)
+    session = runtime.InferenceSession(os.fspath(path), options, providers=["CPUExecutionProvider"])
     names = [x.name for x in session.get_inputs()]
 
     def run(inputs: Any) -> list[Tensor]:

@@ -15,6 +15,8 @@ from examples.benchmark.__main__ import main, read, write_report
 from examples.benchmark.curves import curve_lines, curves_of
 from examples.benchmark.records import Records
 from examples.benchmark.suite import Run, Suite, Task
+from examples.models.lenet import SmallConvNet
+from lightning_wgsef.network.flops import layer_flops
 
 CURVE = "small-conv-digits.svg"
 OURS = "homotopy, structure, layer"
@@ -140,6 +142,13 @@ def test_a_curve_is_drawn_once(tmp_path: Path) -> None:
     assert (tmp_path / CURVE).read_bytes() == before
 
 
+def most_with_one_more(alive: dict[str, list[int]]) -> float:
+    """FLOPs with one channel more in the layer that makes the most of it."""
+    widths = [count for count, _ in alive.values()]
+    more = [[n + (i == j) for j, n in enumerate(widths)] for i in range(len(widths))]
+    return max(layer_flops(SmallConvNet(x), torch.zeros(2, 1, 8, 8))[1] for x in more)
+
+
 @pytest.mark.sweep
 def test_a_curve_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("sklearn")
@@ -159,8 +168,8 @@ def test_a_curve_is_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert {path.name for path in written} == {"README.md", CURVE}
     for record in records.all():
         if record["method"] != "dense":
-            wanted = record["task"]["operations"]
-            assert record["flops"][1] / record["flops"][0] == pytest.approx(wanted, rel=0.03)
+            wanted = record["task"]["operations"] * record["flops"][0]
+            assert record["flops"][1] <= wanted < most_with_one_more(record["alive"][-1])
     text = written[0].read_text("utf-8")
     assert "## small-conv-digits: accuracy over operations" in text
     assert text.count(f"| {OURS} |") == 4

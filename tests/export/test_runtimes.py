@@ -188,6 +188,23 @@ def test_tolerance_is_a_share_of_the_largest_output(tmp_path, monkeypatch):
         export_onnx(Images(), tmp_path / "model", IMAGES, tolerance=-1)
 
 
+def test_a_runtime_that_needs_a_setting_for_the_same_outputs_is_warned_of(tmp_path, monkeypatch):
+    """As sums of int8 do on a processor without VNNI; the file is right, and is there."""
+    right = export._onnx_outputs
+
+    def overflowing(path, settings):
+        run = right(path, settings)
+        return run if settings else lambda inputs: [x * 0.7 for x in run(inputs)]
+
+    monkeypatch.setattr(export, "_onnx_outputs", overflowing)
+    model = Images().eval()
+    with pytest.warns(UserWarning, match=r"add_session_config_entry\('session.x64quantprecision'"):
+        export_onnx(model, tmp_path / "model", IMAGES)
+    with torch.no_grad():
+        expected = list(model(OTHER).values())
+    assert same(outputs_of(tmp_path / "model", "onnx", {"images": OTHER}), expected)
+
+
 class WrongElsewhere(nn.Linear):
     """Right only for as many samples as the example has."""
 
