@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -24,8 +25,8 @@ from examples.benchmark.plots import draw, heat_maps
 from examples.benchmark.records import Records
 from examples.benchmark.registry import DATA, NETWORKS
 from examples.benchmark.report import grid_report, report
-from examples.benchmark.scheduler import Folders, run_suite
-from examples.benchmark.suite import Suite, known_suites, read_suite
+from examples.benchmark.scheduler import Folders, run_suite, waiting
+from examples.benchmark.suite import Run, Suite, known_suites, read_suite
 
 RESULTS = Path(__file__).parent.parent / "results"
 # With tables that `documents` fills.
@@ -53,7 +54,6 @@ def main() -> int:
         if options.what == "run":
             for name in sorted({task.data for task in part.tasks}):
                 DATA[name](options.data_dir, 1, "cpu").prepare_data()
-            _warn_of_emulated_bfloat16(part, options.device)
         elif part != suite:
             raise ValueError("--task, --method and --seed choose what is run, nothing else")
     except (ValueError, RuntimeError) as error:  # of data that cannot be downloaded, too
@@ -71,6 +71,7 @@ def main() -> int:
     else:
         until = time.time() + 60 * options.minutes
         folders = Folders(options.data_dir, records, work, folder / "weights")
+        _warn_of_emulated_bfloat16(waiting(part, folders), options.device)
         try:
             status = run_suite(part, folders, options.device, options.workers, until)
         except OSError as error:
@@ -102,9 +103,9 @@ def write_report(suite: Suite, records: Records, folder: Path) -> list[Path]:
     return [folder / "README.md", *(draw if tuned else heat_maps)(suite, runs, folder)]
 
 
-def _warn_of_emulated_bfloat16(suite: Suite, device: str) -> None:
+def _warn_of_emulated_bfloat16(runs: Iterable[Run], device: str) -> None:
     """Say which tasks take days instead of hours: without AVX-512 convolutions are plain loops."""
-    slow = [task.name for task in suite.tasks if task.precision.startswith("bf16")]
+    slow = sorted({run.task.name for run in runs if run.task.precision.startswith("bf16")})
     if device == "cpu" and slow and torch.backends.cpu.get_cpu_capability() == "AVX2":
         print(
             f"this processor has AVX2 and no bfloat16: {', '.join(slow)} will take ten times as "

@@ -363,7 +363,12 @@ def test_data_that_are_absent_are_named_before_anything_trains(
 
 @pytest.mark.parametrize(
     ("instructions", "precision", "said"),
-    [("AVX2", "bf16-mixed", True), ("AVX512", "bf16-mixed", False), ("AVX2", "32-true", False)],
+    [
+        ("AVX2", "bf16-mixed", True),
+        ("AVX512", "bf16-mixed", False),
+        ("AVX2", "32-true", False),
+        ("AVX2", "32-true, pretrained: {epochs: 2, precision: bf16-mixed}", True),
+    ],
 )
 def test_a_processor_without_bfloat16_is_told_before_anything_trains(
     tmp_path: Path,
