@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from hypothesis import HealthCheck, Phase, event, given, settings
+from hypothesis import HealthCheck, Phase, event, given, reject, settings
 from torch import Tensor
 
 from lightning_wgsef import WGSEF, Groups, Homotopy, WGSEFCallback
@@ -36,7 +36,7 @@ from tests.helpers.fuzzing import (
 )
 from tests.helpers.networks.fuzz import Network
 
-EXAMPLES = int(os.environ.get("FUZZ", "60"))
+EXAMPLES = int(os.environ.get("FUZZ", "50"))
 EXPECTED = (
     "lam = .* had not reached the budget",
     "training ended before the mask was frozen",
@@ -241,6 +241,8 @@ def test_whole_trainings(capsys: Any) -> None:
         outcome = check(training)
         event(outcome)
         counts[outcome] += 1
+        if outcome.startswith("refused"):
+            reject()  # no example, so that none is drawn like it
 
     run()
     trained = sum(count for outcome, count in counts.items() if outcome.startswith("trained"))
@@ -248,7 +250,7 @@ def test_whole_trainings(capsys: Any) -> None:
         with capsys.disabled():
             print(f"\n{trained} of {counts.total()} were trained")
             print(*(f"{count:5} {outcome}" for outcome, count in counts.most_common()), sep="\n")
-    assert trained > 0.7 * counts.total(), counts
+    assert trained >= EXAMPLES, counts
 
 
 SOUND = Training(
