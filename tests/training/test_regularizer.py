@@ -33,7 +33,7 @@ def trained(callback: pl.Callback, grouping: str) -> tuple[float, list[int], lis
     data.setup("fit")
     data.setup("test")
     model = Classifier(equal_norms(), lr=3e-3)
-    make_trainer([callback], max_epochs=25).fit(model, data.train_dataloader())
+    make_trainer([callback], max_epochs=12).fit(model, data.train_dataloader())
     groups = group_parameters(model, grouping, k=0.25)
     left = [int(part.sum()) for part in groups.split(groups.alive()).values()]
     return accuracy(model, data.test_dataloader()), left, groups.budgets.tolist()
