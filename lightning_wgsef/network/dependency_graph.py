@@ -25,7 +25,13 @@ from lightning_wgsef.network.example_input import (
     run_example,
     tensors,
 )
-from lightning_wgsef.network.index_mapping import Index, infer_sizes, map_parts, part_size
+from lightning_wgsef.network.index_mapping import (
+    Index,
+    carried_operands,
+    infer_sizes,
+    map_parts,
+    part_size,
+)
 from lightning_wgsef.network.layers import canonical_name
 from lightning_wgsef.network.look_alikes import follow_look_alikes
 from lightning_wgsef.network.operations import (
@@ -138,6 +144,7 @@ class Graph:
         indices = [Index(idx=channel, root_idx=channel) for channel in joined.parent]
         waiting = [((self.engine.module2node[module], start), indices)]
         circular = False  # a wrong mapping in a circle counts up for ever
+        summed: set[Node] = set()  # products that are reached from what they sum along
         while waiting:
             side, indices = waiting.pop()
             node, handler = side
@@ -154,15 +161,20 @@ class Graph:
                     fresh.append(index)
                 elif known[index.idx] != index.root_idx:
                     joined.join(known[index.idx], index.root_idx)
-            if self._mixes(node):
+            if self._mixes(node) and (node in summed or node not in self._carried):
                 continue  # what lies behind is not tied, and recurrence would never end
             for dependency in node.dependencies if fresh else ():
+                target = dependency.target
+                if target in node.inputs and self._carried.get(node, target) is not target:
+                    continue
                 if dependency.trigger == handler:
+                    if node in target.inputs and self._carried.get(target, node) is not node:
+                        summed.add(target)
                     mapped = fresh
                     for mapping in dependency.index_mapping:
                         mapped = mapped if mapping is None else mapping(mapped)
                     if mapped:
-                        waiting.append(((dependency.target, dependency.handler), mapped))
+                        waiting.append(((target, dependency.handler), mapped))
         for (node, _), known in found.positions.items():
             # A chunk is as wide as the others: parts lose the same places. A GroupNorm loses whole
             # groups, which it normalises each by itself.
@@ -175,7 +187,8 @@ class Graph:
         for side, known in found.positions.items():
             if not known:
                 continue
-            found.obstacle = found.obstacle or self._obstacle(side, known)
+            carried = side[0] in self._carried and side[0] not in summed
+            found.obstacle = found.obstacle or ("" if carried else self._obstacle(side, known))
         if circular:
             found.obstacle = found.obstacle or "torch-pruning loses track of its channels"
 
@@ -191,6 +204,11 @@ class Graph:
         ]
         shapes += [shape_after(node.grad_fn) or () for node in self.engine.module2node.values()]
         return max(size for shape in shapes for size in shape)
+
+    @cached_property
+    def _carried(self) -> dict[Node, Node]:
+        """The operand whose channels a product of matrices outside of modules hands on."""
+        return carried_operands(x for x in self.engine.module2node.values() if self._mixes(x))
 
     def _mixes(self, node: Node) -> bool:
         outside = node.module not in self.names and node.grad_fn not in self.inside

@@ -8,7 +8,7 @@ fails where it cannot infer a size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -127,20 +127,67 @@ def _unmap(node: Node) -> None:
                 back.index_mapping[:] = [None, None]
 
 
+def carried_operands(nodes: Iterable[Node]) -> dict[Node, Node]:
+    """Find, for products of matrices, the operand whose channels they hand on, each by itself.
+
+    The product ``a @ b`` sums along the last axis of ``a``. Channels along the last axis of ``b``,
+    or along the last but one of ``a``, are none of its sum, as where the adjacency matrix of a
+    graph multiplies the features of its nodes. A product of which no operand has such channels, or
+    both have, is not in what is returned.
+    """
+    known: dict[Node, Node | None] = {}
+    found = {node: _carried(node, known) for node in nodes if _is_product(node)}
+    return {node: operand for node, operand in found.items() if operand is not None}
+
+
+def _is_product(node: Node) -> bool:
+    return type(node.grad_fn).__name__ in ("MmBackward0", "BmmBackward0")
+
+
+def _carried(node: Node, known: dict[Node, Node | None]) -> Node | None:
+    if node not in known:
+        rank = len(shape_after(node.grad_fn) or ())
+        sources = [source for source, _ in node.grad_fn.next_functions]
+        operands = [next((x for x in node.inputs if x.grad_fn is s), None) for s in sources]
+        # A layer that is used twice is one node, with the operation of one of its calls.
+        rest = [x for x in node.inputs if x not in operands]
+        unknown = [n for n, s in enumerate(sources) if s is not None and operands[n] is None]
+        if len(rest) == len(unknown) == 1:
+            operands[unknown[0]] = rest[0]
+        carried = [
+            operand
+            for operand, axis in zip(operands, (rank - 2, rank - 1), strict=True)
+            if operand is not None and _axis_behind([operand], -1, known) == axis
+        ]
+        alone = len(carried) == 1 and operands.count(carried[0]) == 1
+        known[node] = carried[0] if alone else None
+    return known[node]
+
+
 def _channel_axis(node: Node, otherwise: int) -> int:
     """Find the axis of the channels in what an operation reads, from the layer that made them."""
-    waiting: list[tuple[Node, list[Node]]] = [(source, []) for source in node.inputs]
+    return _axis_behind(node.inputs, otherwise, {})
+
+
+def _axis_behind(sources: list[Node], otherwise: int, known: dict[Node, Node | None]) -> int:
+    waiting: list[tuple[Node, list[Node]]] = [(source, []) for source in sources]
     seen = set[int]()
     while waiting:
         one, behind = waiting.pop(0)
         if id(one) in seen:
             continue
         seen.add(id(one))
-        rank = len(shape_after(one.grad_fn) or ())
-        convolution = one.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV)
-        if convolution or one.type in (OPTYPE.LINEAR, OPTYPE.EMBED, OPTYPE.LN):
-            return _moved(1 if convolution else rank - 1, rank, behind)
-        waiting += [(source, [one, *behind]) for source in one.inputs]
+        shape = shape_after(one.grad_fn) or ()
+        second = one.type in (OPTYPE.CONV, OPTYPE.DEPTHWISE_CONV)
+        if one.type == OPTYPE.LN:  # one that moves the second axis of an image to the end and back
+            size = tuple(one.module.normalized_shape)
+            second = size != shape[-1:] and size == shape[1:2]
+        if second or one.type in (OPTYPE.LINEAR, OPTYPE.EMBED, OPTYPE.LN):
+            return _moved(1 if second else len(shape) - 1, len(shape), behind)
+        further = one.inputs
+        if one.type == OPTYPE.ELEMENTWISE and _is_product(one):
+            further = [x for x in (_carried(one, known),) if x is not None]
+        waiting += [(source, [one, *behind]) for source in further]
     return otherwise
 
 

@@ -85,10 +85,15 @@ class Watch(TorchFunctionMode):
         """Run an operation; note it if it is a layer's product.
 
         Batch norms whose statistics have a gradient are written out: autograd's own has none there.
+        So are products of a matrix and a batch, which torch joins with the columns, `einsum`'s too.
         """
         named = kwargs or {}
         if func is F.batch_norm:
             return _batch_norm(*args, **named)
+        if func in (torch.matmul, Tensor.matmul) and len(args) == 2:
+            return _matmul(*args)
+        if func is torch.einsum and (factors := _factors(*args)):
+            return _matmul(*factors)
         result = func(*args, **named)
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else named.get("weight")
@@ -145,6 +150,39 @@ def _batch_norm(
     scale = (var + eps).rsqrt() if weight is None else weight * (var + eps).rsqrt()
     shift = -mean * scale if bias is None else bias - mean * scale
     return x * laid(scale) + laid(shift)
+
+
+def _matmul(one: Tensor, other: Tensor) -> Tensor:
+    if one.dim() == 2 < other.dim():
+        one = one.expand(*other.shape[:-2], *one.shape)
+    elif other.dim() == 2 < one.dim():
+        other = other.expand(*one.shape[:-2], *other.shape)
+    if one.dim() == other.dim() == 3 and len(one) == len(other):
+        return torch.bmm(one, other)  # `@` would reshape both before and after
+    return one @ other
+
+
+def _factors(equation: Any, *operands: Any) -> tuple[Tensor, Tensor] | None:
+    """Return the factors of the product of matrices that an `einsum` is; None for another one.
+
+    >>> x, y = torch.ones(7, 7), torch.ones(2, 7, 3)
+    >>> [tuple(factor.shape) for factor in _factors("bjc, ij -> bic", y, x)]
+    [(7, 7), (2, 7, 3)]
+    """
+    labels = re.fullmatch(r"(\w+),(\w+)->(\w+)", str(equation).replace(" ", ""))
+    if labels is None or len(operands) != 2:
+        return None
+    one, other, result = labels.groups()
+    for first, second, factors in ((one, other, operands), (other, one, operands[::-1])):
+        batch = max(first[:-2], second[:-2], key=len)
+        if (
+            len(set(batch + first[-2:] + second[-1:])) == len(result) + 1
+            and first[-1:] == second[-2:-1]
+            and {first[:-2], second[:-2]} <= {batch, ""}
+            and result == batch + first[-2:-1] + second[-1:]
+        ):
+            return factors[0], factors[1]
+    return None
 
 
 def mixes_channels(node: Any) -> bool:
