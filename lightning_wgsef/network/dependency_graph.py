@@ -28,6 +28,7 @@ from lightning_wgsef.network.example_input import (
 from lightning_wgsef.network.index_mapping import (
     Index,
     carried_operands,
+    divides_channels,
     infer_sizes,
     map_parts,
     part_size,
@@ -38,6 +39,7 @@ from lightning_wgsef.network.operations import (
     HEAD,
     MODULE_OPERATIONS,
     OPTYPE,
+    Held,
     Watch,
     flatten_obstacle,
     mixes_channels,
@@ -85,6 +87,8 @@ class Graph:
         outputs: the nodes that return the network's outputs.
         inside: operations inside of the modules that torch-pruning knows.
         activations: the modules without parameters, by the operation they end in.
+        parts: sizes of the parts that splits and slices make of channels, with the numbers that
+            modules hold of them; None for no such number.
         tensors: canonical name and tensor of the copy's parameters and of the buffers that the
             graph has, by the id of what stands for it there: the parameter, or a stand-in.
     """
@@ -96,6 +100,7 @@ class Graph:
     outputs: set[Node]
     inside: set[Any]
     activations: dict[Any, nn.Module]
+    parts: dict[Any, list[tuple[int, Held | None]]]
     tensors: dict[int, tuple[str, Tensor]]
 
     def outward(self, side: Side) -> bool:
@@ -178,7 +183,7 @@ class Graph:
         for (node, _), known in found.positions.items():
             # A chunk is as wide as the others: parts lose the same places. A GroupNorm loses whole
             # groups, which it normalises each by itself.
-            size, together = part_size(node), normalised_together(node.module)
+            size, together = part_size(node, self._free), normalised_together(node.module)
             for place, root in known.items():
                 if size:
                     joined.join(known.get(place % size, root), root)
@@ -204,6 +209,15 @@ class Graph:
         ]
         shapes += [shape_after(node.grad_fn) or () for node in self.engine.module2node.values()]
         return max(size for shape in shapes for size in shape)
+
+    @cached_property
+    def _free(self) -> set[Any]:
+        """Splits and slices of which a module holds every size as a number of its own."""
+        places = {
+            operation: {(x.module, x.attribute, x.index) for _, x in parts if x is not None}
+            for operation, parts in self.parts.items()
+        }
+        return {x for x, parts in self.parts.items() if len(places[x]) == len(parts)}
 
     @cached_property
     def _carried(self) -> dict[Node, Node]:
@@ -430,7 +444,10 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
         id(p): (canonical_name(name), p) for name, p in clone.named_parameters()
     }
     own.update({id(leaf): found for leaf, found in leaves.items()})
-    return Graph(clone, engine, names, given, returned, watch.inside, watch.activations, own)
+    divided = [x.grad_fn for x in engine.module2node.values() if divides_channels(x)]
+    parts = {operation: watch.parts[operation] for operation in divided if operation in watch.parts}
+    noted = (watch.inside, watch.activations, parts)
+    return Graph(clone, engine, names, given, returned, *noted, own)
 
 
 def _with_axis(parameter: nn.Parameter) -> tuple[nn.Parameter, int]:

@@ -1,4 +1,4 @@
-"""Positions of channels through splits and concatenations, as autograd recorded them.
+"""Positions of channels through splits, slices and concatenations, as autograd recorded them.
 
 torch-pruning takes the consumers of a split for its parts, in order: wrong where a part is used
 twice or not at all. It also leaves out what a concatenation joins besides channels of layers, and
@@ -8,7 +8,7 @@ fails where it cannot infer a size.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -65,7 +65,7 @@ class _Part(NamedTuple):
 
 
 def map_parts(engine: Any, one_dimensional: bool) -> None:
-    """Correct the mappings of splits and concatenations along the channels.
+    """Correct the mappings of splits, slices and concatenations along the channels.
 
     Args:
         engine: a dependency graph of torch-pruning.
@@ -87,6 +87,8 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
                     towards[occurrence].index_mapping[slot] = mapping
     for node in engine.module2node.values():
         before = tuple(getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+        if node.type == OPTYPE.SLICE and before:
+            _map_slice(node, before, 1 if one_dimensional else 2)
         if node.type == OPTYPE.RESHAPE and adds_axes(before, shape_after(node.grad_fn) or ()):
             for dep in (x for one in (node, *node.inputs, *node.outputs) for x in one.dependencies):
                 if node in (dep.source, dep.target):
@@ -95,6 +97,30 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
         for dep in node.dependencies if node.type == OPTYPE.CONCAT else ():
             if dep.target.type == OPTYPE.SPLIT:  # of the whole first, then to the other's whole
                 dep.index_mapping.reverse()
+
+
+def _map_slice(node: Node, before: tuple[int, ...], otherwise: int) -> None:
+    """Map the channels of a whole to those of a slice, unless it is along another axis."""
+    operation = node.grad_fn
+    axis = _positive(operation._saved_dim, len(before))
+    along = axis == _channel_axis(node, otherwise if len(before) == 3 else 1)
+    start, end = _bounds(operation, before[axis])
+    for source in node.inputs:
+        for one, other, to_whole in ((node, source, True), (source, node, False)):
+            for dep in one.dependencies:
+                if dep.target is not other or (along and operation._saved_step != 1):
+                    continue
+                own = _Part(start, end - start, to_whole) if along else None
+                of_source = dep.index_mapping[0] if source.type == OPTYPE.SPLIT else None
+                # The part of a split that is sliced is found first, or last on the way back.
+                dep.index_mapping[:] = [own, of_source] if to_whole else [of_source, own]
+
+
+def _bounds(operation: Any, width: int) -> tuple[int, int]:
+    """Return where a slice of an axis of this width begins and ends."""
+    start, end = (_signed(place) for place in (operation._saved_start, operation._saved_end))
+    start, end, _ = slice(start, end).indices(width)
+    return start, end
 
 
 def _map_flattened(node: Node, before: tuple[int, ...], otherwise: int) -> None:
@@ -208,18 +234,52 @@ def _moved(axis: int, rank: int, operations: list[Node]) -> int:
 
 
 def _positive(axis: int, rank: int) -> int:
-    return (axis - 2**64 if axis >= 2**63 else axis) % max(rank, 1)
+    return _signed(axis) % max(rank, 1)
 
 
-def part_size(node: Node) -> int:
-    """Return the size of the equal parts that a split makes along the channels; 0 for others."""
-    mapped = any(isinstance(x, _Part) for dep in node.dependencies for x in dep.index_mapping)
-    if node.type != OPTYPE.SPLIT or not mapped:
+def _signed(number: int) -> int:
+    """Return a number that autograd saved, negative ones without their sign."""
+    return number - 2**64 if number >= 2**63 else number
+
+
+def divides_channels(node: Node) -> bool:
+    """Tell whether a node is a split or slice along the channels."""
+    whole = node.outputs if node.type == OPTYPE.SPLIT else node.inputs
+    return node.type in (OPTYPE.SPLIT, OPTYPE.SLICE) and any(
+        isinstance(mapping, _Part)
+        for dep in node.dependencies
+        if dep.target in whole
+        for mapping in dep.index_mapping
+    )
+
+
+def part_size(node: Node, free: Container[Any]) -> int:
+    """Return the size of the equal parts that channels are split or sliced into; 0 for others.
+
+    Args:
+        node: of the whole.
+        free: splits and slices of which a module holds the sizes, so that each may be another.
+    """
+    if node.type != OPTYPE.SPLIT:
+        return _slice_size(node, free)
+    if node.grad_fn in free or not divides_channels(node):
         return 0
     rank = len(shape_after(node.grad_fn) or ())
-    saved = node.grad_fn._saved_dim
-    sizes = _split_sizes(node.grad_fn, (saved - 2**64 if saved >= 2**63 else saved) % rank)
+    sizes = _split_sizes(node.grad_fn, _positive(node.grad_fn._saved_dim, rank))
     return sizes[0] if len(set(sizes)) == 1 else 0
+
+
+def _slice_size(node: Node, free: Container[Any]) -> int:
+    slices = [x for x in node.outputs if x.type == OPTYPE.SLICE and divides_channels(x)]
+    operations = [x.grad_fn for x in slices if x.grad_fn not in free]
+    found, width = set[tuple[int, int]](), 0
+    for operation in operations:
+        before = operation._saved_self_sym_sizes
+        width = int(before[_positive(operation._saved_dim, len(before))])
+        found.add(_bounds(operation, width))
+    starts, sizes = sorted(start for start, _ in found), {end - start for start, end in found}
+    size = sizes.pop() if len(sizes) == 1 else 0
+    return size if len(found) > 1 and size > 0 and starts == list(range(0, width, size)) else 0
 
 
 def infer_sizes(engine: Any) -> None:
@@ -247,7 +307,7 @@ def _joints(engine: Any) -> Iterator[tuple[Node, list[_Edge], int, int]]:
         if node.type not in (OPTYPE.SPLIT, OPTYPE.CONCAT) or saved is None or shape is None:
             continue
         rank = len(shape)
-        axis = (saved - 2**64 if saved >= 2**63 else saved) % rank
+        axis = _positive(saved, rank)
         if node.type == OPTYPE.CONCAT:
             sources = [source for source, _ in operation.next_functions]
             known = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from itertools import count, takewhile
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -49,11 +49,49 @@ _PRODUCTS = (
 )
 
 
+_SPLITS = (torch.split, Tensor.split, torch.split_with_sizes, Tensor.split_with_sizes)
+
+
+class Held(int):
+    """A number that a module holds, or a whole part of it, such as half, with its place.
+
+    What else is computed from it is a plain number.
+
+    Attributes:
+        module: the module.
+        attribute: its name there.
+        index: of the entry, where the module holds several numbers; None for one.
+        times: how many times the number is what the module holds.
+    """
+
+    module: nn.Module
+    attribute: str
+    index: int | None
+    times: int
+
+    @classmethod
+    def at(
+        cls, number: int, module: nn.Module, attribute: str, index: int | None, times: int = 1
+    ) -> Held:
+        """Note where a module holds a number."""
+        held = cls(number)
+        held.module, held.attribute, held.index, held.times = module, attribute, index, times
+        return held
+
+    def __floordiv__(self, parts: Any) -> Any:
+        """Divide; what is left without a rest still knows its place."""
+        found = int(self) // parts
+        if type(parts) is not int or found * parts != self:
+            return found
+        return Held.at(found, self.module, self.attribute, self.index, self.times * parts)
+
+
 class Watch(TorchFunctionMode):
     """Which operations belong to which module: what `observed` announces of a forward pass.
 
     A convolution or dense layer may do more than multiply by its weight, such as normalise what
     comes out by a norm that it holds: as a context, the watch sees which operation is the product.
+    It also sees which parts of a tensor are as large as a number that a module of one's own holds.
 
     Args:
         model: the network that runs.
@@ -63,6 +101,8 @@ class Watch(TorchFunctionMode):
         activations: the modules without parameters, by the operation they end in.
         owners: the module that an operation belongs to, where it is not the last module that ended
             in it; None for no module.
+        parts: the sizes of the parts that a split makes, or of a slice from the beginning, by the
+            operation, with the number that a module holds of it; None for no such number.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -71,6 +111,8 @@ class Watch(TorchFunctionMode):
         self.inside: set[Any] = set()
         self.activations: dict[Any, nn.Module] = {}
         self.owners: dict[Any, nn.Module | None] = {}
+        self.parts: dict[Any, list[tuple[int, Held | None]]] = {}
+        self._model, self._before = model, list[tuple[nn.Module, str, Any, Any]]()
         self._readers = {
             id(layer.weight): layer.module
             for layer in weighted_layers(model)
@@ -78,6 +120,31 @@ class Watch(TorchFunctionMode):
         }
         self._products: dict[nn.Module, Any] = {}
         self._ended: dict[Any, nn.Module] = {}
+
+    def __enter__(self) -> Self:
+        """Let the numbers that modules hold know where they are."""
+        for module in self._model.modules():
+            forward = str(getattr(type(module).forward, "__module__", ""))
+            if isinstance(module, torch.jit.ScriptModule) or forward.startswith("torch.nn."):
+                continue
+            for name, value in list(vars(module).items()):
+                held: Any = None
+                if type(value) is int:
+                    held = Held.at(value, module, name, None)
+                elif type(value) in (list, tuple) and all(type(x) is int for x in value):
+                    held = type(value)(Held.at(x, module, name, n) for n, x in enumerate(value))
+                if held is not None:
+                    self._before.append((module, name, value, held))
+                    vars(module)[name] = held
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Put the plain numbers back."""
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for module, name, value, held in self._before:
+            if vars(module).get(name) is held:
+                vars(module)[name] = value
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -95,12 +162,41 @@ class Watch(TorchFunctionMode):
         if func is torch.einsum and (factors := _factors(*args)):
             return _matmul(*factors)
         result = func(*args, **named)
+        if func in _SPLITS:
+            self._note_split(result, *args[1:], **named)
+        elif func is Tensor.__getitem__:
+            self._note_slice(result, args[1])
         if func in _PRODUCTS:
             weight = args[1] if len(args) > 1 else named.get("weight")
             reader = self._readers.get(id(weight))
             if reader is not None:
                 self._products[reader] = result.grad_fn
         return result
+
+    def _note_split(
+        self,
+        parts: tuple[Tensor, ...],
+        size: Any = None,
+        dim: int = 0,
+        *,
+        split_size: Any = None,
+        split_sizes: Any = None,
+        split_size_or_sections: Any = None,
+        tensor: Any = None,
+    ) -> None:
+        names = (size, split_size, split_sizes, split_size_or_sections)
+        given = next(x for x in names if x is not None)
+        sizes = given if isinstance(given, list | tuple) else [given] * len(parts)
+        self.parts[parts[0].grad_fn] = [
+            (part.shape[dim], x if isinstance(x, Held) else None)
+            for part, x in zip(parts, sizes, strict=True)
+        ]
+
+    def _note_slice(self, part: Tensor, index: Any) -> None:
+        along = [x for x in (index if isinstance(index, tuple) else [index]) if type(x) is slice]
+        ends = [x.stop for x in along if isinstance(x.stop, Held) and not x.start and not x.step]
+        if len(ends) == 1:
+            self.parts[part.grad_fn] = [(int(ends[0]), ends[0])]
 
     def note(self, _: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         """Note a call of a module."""

@@ -155,7 +155,8 @@ class RemovalPlan:
                 setattr(modules[path], tensor, self._cut(name, value))
         for path, sizes in self.sizes.items():
             for attribute, size in sizes.items():
-                setattr(modules[path], attribute, size)
+                several = isinstance(getattr(modules[path], attribute, None), list)
+                setattr(modules[path], attribute, list(size) if several else size)  # type: ignore[arg-type]
         for name, kept in states.items():
             if kept:
                 SlimRecurrent.of(modules[name], kept)
@@ -302,7 +303,8 @@ def possible_removals(
     >>> [bundles for _, bundles in possible_removals(graph, [(tied, {0, 1, 2})])]
     [{1, 2}]
     """
-    cut = [(tied, _without_empty_layers(graph, tied, set(bundles))) for tied, bundles in removals]
+    gone: dict[Side, set[int]] = {}
+    cut = [(tied, _without_empty_layers(graph, tied, set(x), gone)) for tied, x in removals]
     projected = {
         x.owner: units for own in cut for x, units in _units_left(graph, *own, "proj_size")
     }
@@ -314,11 +316,23 @@ def possible_removals(
         yield tied, bundles
 
 
-def _without_empty_layers(graph: Graph, tied: CoupledChannels, bundles: set[int]) -> set[int]:
+def _without_empty_layers(
+    graph: Graph, tied: CoupledChannels, bundles: set[int], gone: dict[Side, set[int]]
+) -> set[int]:
+    """Leave out of ``bundles`` what would be the last channel of a layer, and note what goes.
+
+    A layer may work on a part of one set and a part of another, side by side.
+    """
+
+    def places(side: Side, bundles: set[int]) -> set[int]:
+        return {x for x, root in tied.positions[side].items() if tied.bundle[root] in bundles}
+
     for side, roots in tied.positions.items():
-        own = {tied.bundle[root] for root in roots.values()}
-        if own <= bundles and len(roots) == graph.width(side):
+        own = {tied.bundle[root] for root in roots.values()} & bundles
+        if own and len(places(side, bundles) | gone.get(side, set())) == graph.width(side):
             bundles = bundles - {min(own)}
+    for side in tied.positions:
+        gone.setdefault(side, set()).update(places(side, bundles))
     return bundles
 
 
@@ -337,6 +351,7 @@ def _cut_side(
 ) -> None:
     node, _ = side
     module, less = node.module, len(positions)
+    _lower_parts(plan, graph, node, positions)
     if node.type == OPTYPE.PARAMETER:
         _cut_parameter(plan, graph, module, positions, width)
         return
@@ -381,6 +396,23 @@ def _cut_side(
             each = module.weight.shape[1 - across]
             remove("weight", 1 - across, [place for place in positions if place < each])
             lower(("in_channels", "in_features"))
+
+
+def _lower_parts(plan: RemovalPlan, graph: Graph, node: Any, positions: list[int]) -> None:
+    """Lower the numbers, held by modules, of the channels in the parts that a split makes."""
+    start = 0
+    for size, held in graph.parts.get(node.grad_fn, ()):
+        if held is not None:
+            left = size - sum(start <= place < start + size for place in positions)
+            sizes = plan.sizes.setdefault(graph.names[held.module], {})
+            before = sizes.get(held.attribute, getattr(held.module, held.attribute))
+            if held.index is None:
+                sizes[held.attribute] = left * held.times
+            else:
+                numbers = list(before)
+                numbers[held.index] = left * held.times
+                sizes[held.attribute] = tuple(numbers)
+        start += size
 
 
 @torch.no_grad()

@@ -280,6 +280,6 @@ def _check_increasing(name: str, indices: Any, size: int) -> None:
 
 
 def _is_smaller(size: object, before: object) -> bool:
-    if isinstance(size, tuple) and isinstance(before, tuple) and len(size) == len(before):
+    if isinstance(size, tuple) and isinstance(before, tuple | list) and len(size) == len(before):
         return all(map(_is_smaller, size, before))
     return type(size) is int and type(before) is int and 0 <= size <= before

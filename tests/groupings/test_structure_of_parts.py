@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from lightning_wgsef import group_parameters, slim
-from tests.helpers.removal import difference, drawn, removal
+from lightning_wgsef import group_parameters, load_slim, save_slim, slim
+from tests.helpers.removal import NEGLIGIBLE, difference, drawn, removal
 
 IMAGES = torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 STEPS = torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(0))
@@ -118,18 +120,217 @@ class ByNumber(nn.Module):
         lambda x: x.tensor_split(2, 1),
         lambda x: torch.hsplit(x, 2),
         lambda x: (x[:, : x.shape[1] // 2], x[:, x.shape[1] // 2 :]),
-        lambda x: (x[:, ::2], x[:, 1::2]),
+        lambda x: x.split(x.shape[1] // 2, 1),
+        lambda x: (x[:, -x.shape[1] // 2 :], x[:, : -x.shape[1] // 2]),
     ],
 )
 @pytest.mark.parametrize("width", [8, 12, 16])
-def test_parts_by_number_promise_nothing(
+def test_parts_that_are_a_share_of_the_whole(
     parts: Callable[[Tensor], Sequence[Tensor]], width: int
 ) -> None:
-    network = ByNumber(parts, width)
+    found = removal(ByNumber(parts, width), IMAGES, "structure")
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": width // 2}
+    assert found.small.a.out_channels == width // 2
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [lambda x: (x[:, ::2], x[:, 1::2]), lambda x: x.split(4, 1), lambda x: (x[:, :4], x[:, 4:])],
+)
+def test_parts_by_number_promise_nothing(parts: Callable[[Tensor], Sequence[Tensor]]) -> None:
+    network = ByNumber(parts, 8)
     groups = group_parameters(network, "filter", 0.5, example_input=IMAGES)
     assert [x.removable for x in groups.layers if x.name == "a"] == [False]
     with pytest.raises(ValueError, match="structure"):
         group_parameters(network, "structure", 0.5, example_input=IMAGES)
+
+
+class Holds(nn.Module):
+    """Two parts of which the module holds the sizes, and one of them, through a convolution."""
+
+    def __init__(self, split: Callable[[Holds, Tensor], Sequence[Tensor]], size: Any) -> None:
+        super().__init__()
+        self.split, self.size, self.other = split, size, 8
+        self.a, self.b = nn.Conv2d(3, 8, 1), nn.Conv2d(4, 4, 3, padding=1)
+        self.c = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        first, second = self.split(self, self.a(images))
+        outputs: Tensor = self.c(torch.cat([first, torch.relu(self.b(second))], 1))
+        return outputs
+
+
+Split = Callable[[Holds, Tensor], Sequence[Tensor]]
+# With what is held before and after, where half of the channels go.
+SPLITS: dict[str, tuple[Split, Any, Any]] = {
+    "a number": (lambda own, x: x.split(own.size, 1), 4, 2),
+    "by name": (lambda own, x: torch.split(tensor=x, split_size_or_sections=own.size, dim=1), 4, 2),
+    "a number twice": (lambda own, x: x.split((own.size, own.size), dim=1), 4, 2),
+    "half of a number": (lambda own, x: x.split(own.size // 2, 1), 8, 4),
+    "a list": (lambda own, x: torch.split(x, own.size, 1), [4, 4], None),
+    "a tuple": (lambda own, x: x.split_with_sizes(own.size, 1), (4, 4), None),
+}
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_parts_whose_sizes_a_module_holds(name: str, tmp_path: Path) -> None:
+    split, size, left = SPLITS[name]
+    found = removal(Holds(split, size), IMAGES, "structure")
+    small, several = found.small, left is None
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": 8 if several else 4, "b": 4}
+    assert (sum(small.size) if several else small.size) == (4 if several else left)
+    assert (small.other, type(small.size)) == (8, type(size))
+    assert all(type(x) is int for x in (small.size if several else [small.size]))
+    save_slim(small, tmp_path / "small.safetensors")
+    loaded = load_slim(tmp_path / "small.safetensors", lambda: Holds(split, size))
+    assert loaded.size == small.size
+    assert torch.equal(loaded(IMAGES), small(IMAGES))
+
+
+class Unequal(nn.Module):
+    """Parts of other sizes lose what they lose, as in Res2Net's relatives and InceptionNeXt."""
+
+    def __init__(self, slices: bool) -> None:
+        super().__init__()
+        self.sizes, self.first, self.slices = (3, 5, 4), 3, slices
+        self.a, self.b = nn.Conv2d(3, 12, 1), nn.Conv2d(5, 5, 3, padding=1)
+        self.c = nn.Conv2d(14 if slices else 12, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.a(images)
+        if self.slices:
+            outputs: Tensor = self.c(torch.cat([x[:, self.first :], self.b(x[:, 3:8])], 1))
+            return outputs
+        first, second, third = x.split(self.sizes, 1)
+        joined: Tensor = self.c(torch.cat([third, first, self.b(second)], 1))
+        return joined
+
+
+def test_parts_of_other_sizes() -> None:
+    found = removal(Unequal(slices=False), IMAGES, "structure")
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": 12, "b": 5}
+    assert sum(found.small.sizes) == found.small.a.out_channels == 6
+    assert found.small.sizes != (3, 5, 4)
+
+
+def test_a_slice_that_ends_where_a_module_says() -> None:
+    def slices(own: Holds, x: Tensor) -> Sequence[Tensor]:
+        return x[:, : own.size], x[:, own.size :]
+
+    found = removal(Holds(slices, 4), IMAGES, "structure")
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": 8, "b": 4}
+    assert found.small.a.out_channels == 4
+
+
+class Mixed(nn.Module):
+    """Depthwise convolutions of several sizes, as in MixNet: one takes some of either layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.splits = [4, 4, 4]
+        self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+        self.each = nn.ModuleList(
+            nn.Conv2d(4, 4, size, padding=size // 2, groups=4) for size in (1, 3, 5)
+        )
+        self.c = nn.Conv2d(12, 4, 1)
+
+    def forward(self, images: Tensor) -> Tensor:
+        parts = torch.cat([self.a(images), self.b(images)], 1).split(self.splits, 1)
+        outputs: Tensor = self.c(
+            torch.cat([layer(part) for layer, part in zip(self.each, parts, strict=True)], 1)
+        )
+        return outputs
+
+
+def test_a_layer_between_two_sets_keeps_a_channel() -> None:
+    found = removal(Mixed(), IMAGES, "structure")
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": 6, "b": 6}
+    network = drawn(Mixed())
+    with torch.no_grad():
+        for layer in (network.a, network.b, *network.each):
+            for tensor in layer.parameters():
+                tensor.zero_()
+    small = slim(network, IMAGES)
+    assert small.splits == [1, 1, 1]
+    assert difference(small, network, (IMAGES,)) < NEGLIGIBLE
+
+
+class Along(nn.Module):
+    """Dense layers, or convolutions, around what is done to the steps between them."""
+
+    def __init__(self, steps: Callable[[Along, Tensor], Tensor], kind: type[nn.Module]) -> None:
+        super().__init__()
+        options = (1,) if kind is nn.Conv1d else ()
+        self.steps, self.size = steps, 2
+        self.a, self.b = kind(6, 8, *options), kind(8, 4, *options)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.b(self.steps(self, torch.relu(self.a(x))))
+        return outputs
+
+
+@pytest.mark.parametrize(
+    ("steps", "kind"),
+    [
+        (lambda own, x: torch.cat(x.split(own.size, 1)[::-1], 1), nn.Linear),
+        (lambda own, x: x[:, : own.size], nn.Linear),
+        (lambda own, x: x[:, : own.size] + x[:, own.size : 4], nn.Linear),
+        (lambda own, x: x[..., : own.size], nn.Conv1d),
+        (lambda own, x: x[:, :, 1 : own.size] * 2, nn.Conv1d),
+        (lambda own, x: sum(x.split([own.size, own.size, 1], 2)[:2]), nn.Conv1d),
+    ],
+)
+def test_parts_along_the_steps(
+    steps: Callable[[Along, Tensor], Tensor], kind: type[nn.Module]
+) -> None:
+    found = removal(Along(steps, kind), STEPS if kind is nn.Linear else STEPS.mT, "structure")
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": 8}
+    assert (len(found.small.a.weight), found.small.size) == (4, 2)
+
+
+class LastAxis(nn.Module):
+    """Slices of the channels of dense layers, and of what a convolution makes of time series."""
+
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        options = (1,) if kind is nn.Conv1d else ()
+        self.a, self.b = kind(6, 8, *options), kind(5, 5, *options)
+        self.c, self.axis, self.size = kind(8, 4, *options), 1 + (kind is nn.Linear), 3
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.a(x))
+        if self.axis == 1:
+            first, second = x[:, : self.size], x[:, self.size :]
+        else:
+            first, second = x[..., : self.size], x[..., self.size :]
+        outputs: Tensor = self.c(torch.cat([self.b(second), first], self.axis))
+        return outputs
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.Conv1d])
+def test_slices_of_the_channels_of_steps(kind: type[nn.Module]) -> None:
+    found = removal(LastAxis(kind), STEPS if kind is nn.Linear else STEPS.mT, "structure")
+    assert not found.obstacles
+    assert {x.name: x.count for x in found.groups.layers} == {"a": 8, "b": 5}
+    assert len(found.small.a.weight) == 4
+    assert len(found.small.b.weight) + found.small.size == found.small.c.weight.shape[1]
+
+
+def test_a_number_that_is_used_for_something_else_promises_nothing() -> None:
+    def twice(own: Holds, x: Tensor) -> Sequence[Tensor]:
+        return [part * own.size for part in x.split(own.size, 1)]
+
+    found = group_parameters(Holds(twice, 4), "structure", example_input=IMAGES)
+    assert [x.name for x in found.layers] == ["b"]
+    assert "a" in found.left_out
+    spread = group_parameters(Unequal(slices=True), "structure", example_input=IMAGES)
+    assert "a" in spread.left_out
 
 
 class Summed(nn.Module):
