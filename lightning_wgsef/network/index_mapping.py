@@ -162,7 +162,9 @@ def carried_operands(nodes: Iterable[Node]) -> dict[Node, Node]:
     both have, is not in what is returned.
     """
     known: dict[Node, Node | None] = {}
-    found = {node: _carried(node, known) for node in nodes if _is_product(node)}
+    products = [node for node in nodes if _is_product(node)]
+    # From the inputs on, so that few are still unknown behind one.
+    found = {node: _carried(node, known) for node in reversed(products)}
     return {node: operand for node, operand in found.items() if operand is not None}
 
 

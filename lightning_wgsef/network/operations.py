@@ -187,7 +187,7 @@ class Watch(TorchFunctionMode):
         names = (size, split_size, split_sizes, split_size_or_sections)
         given = next(x for x in names if x is not None)
         sizes = given if isinstance(given, list | tuple) else [given] * len(parts)
-        self.parts[parts[0].grad_fn] = [
+        self.parts[parts[0].grad_fn if parts else None] = [
             (part.shape[dim], x if isinstance(x, Held) else None)
             for part, x in zip(parts, sizes, strict=True)
         ]

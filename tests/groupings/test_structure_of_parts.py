@@ -279,6 +279,7 @@ class Along(nn.Module):
     [
         (lambda own, x: torch.cat(x.split(own.size, 1)[::-1], 1), nn.Linear),
         (lambda own, x: x[:, : own.size], nn.Linear),
+        (lambda own, x: torch.cat([x, *x[:, :0].split([], 1)], 1), nn.Linear),
         (lambda own, x: x[:, : own.size] + x[:, own.size : 4], nn.Linear),
         (lambda own, x: x[..., : own.size], nn.Conv1d),
         (lambda own, x: x[:, :, 1 : own.size] * 2, nn.Conv1d),
