@@ -136,12 +136,12 @@ class Watch(TorchFunctionMode):
                 if held is not None:
                     self._before.append((module, name, value, held))
                     vars(module)[name] = held
-        super().__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]  # torch gives none
         return self
 
     def __exit__(self, *error: object) -> None:
         """Put the plain numbers back."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        super().__exit__(*error)  # type: ignore[no-untyped-call]  # torch gives none
         for module, name, value, held in self._before:
             if vars(module).get(name) is held:
                 vars(module)[name] = value
@@ -163,7 +163,7 @@ class Watch(TorchFunctionMode):
             return _matmul(*factors)
         result = func(*args, **named)
         if func in _SPLITS:
-            self._note_split(result, *args[1:], **named)
+            self._note_split(result, args, named)
         elif func is Tensor.__getitem__:
             self._note_slice(result, args[1])
         if func in _PRODUCTS:
@@ -174,18 +174,10 @@ class Watch(TorchFunctionMode):
         return result
 
     def _note_split(
-        self,
-        parts: tuple[Tensor, ...],
-        size: Any = None,
-        dim: int = 0,
-        *,
-        split_size: Any = None,
-        split_sizes: Any = None,
-        split_size_or_sections: Any = None,
-        tensor: Any = None,
+        self, parts: tuple[Tensor, ...], args: tuple[Any, ...], named: dict[str, Any]
     ) -> None:
-        names = (size, split_size, split_sizes, split_size_or_sections)
-        given = next(x for x in names if x is not None)
+        given = args[1] if len(args) > 1 else next(named[x] for x in named if "split_size" in x)
+        dim = args[2] if len(args) > 2 else named.get("dim", 0)
         sizes = given if isinstance(given, list | tuple) else [given] * len(parts)
         self.parts[parts[0].grad_fn if parts else None] = [
             (part.shape[dim], x if isinstance(x, Held) else None)

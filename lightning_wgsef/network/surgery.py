@@ -156,7 +156,8 @@ class RemovalPlan:
         for path, sizes in self.sizes.items():
             for attribute, size in sizes.items():
                 several = isinstance(getattr(modules[path], attribute, None), list)
-                setattr(modules[path], attribute, list(size) if several else size)  # type: ignore[arg-type]
+                value = list(size) if several and isinstance(size, tuple) else size
+                setattr(modules[path], attribute, value)
         for name, kept in states.items():
             if kept:
                 SlimRecurrent.of(modules[name], kept)

@@ -166,6 +166,7 @@ Split = Callable[[Holds, Tensor], Sequence[Tensor]]
 SPLITS: dict[str, tuple[Split, Any, Any]] = {
     "a number": (lambda own, x: x.split(own.size, 1), 4, 2),
     "by name": (lambda own, x: torch.split(tensor=x, split_size_or_sections=own.size, dim=1), 4, 2),
+    "sizes by name": (lambda own, x: x.split(split_size=[own.size, own.size], dim=1), 4, 2),
     "a number twice": (lambda own, x: x.split((own.size, own.size), dim=1), 4, 2),
     "half of a number": (lambda own, x: x.split(own.size // 2, 1), 8, 4),
     "a list": (lambda own, x: torch.split(x, own.size, 1), [4, 4], None),
