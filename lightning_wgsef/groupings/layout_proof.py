@@ -89,7 +89,8 @@ def _are_units(network: nn.Module, example_input: Any, layers: list[GroupedLayer
     In turn those units go whose number, from 1 on, has a bit set: each goes once, and any two are
     told apart by one of them, so that a layout which exchanges weights of two units does not pass.
     """
-    parameters = {canonical_name(name): p for name, p in network.named_parameters()}
+    named = network.named_parameters(remove_duplicate=False)  # a shared layer has several names
+    parameters = {canonical_name(name): p for name, p in named}
     first, second = (torch.Generator().manual_seed(seed) for seed in (0, 1))
     # The weights of the network itself may be zero, which would let any layout pass.
     members = [member for layer in layers for member in layer.members]

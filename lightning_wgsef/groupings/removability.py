@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from lightning_wgsef.network.layers import modules_by_name, tensors_by_name, wei
 from lightning_wgsef.network.operations import OPTYPE, normalised_together
 from lightning_wgsef.network.recurrent import UnitLayer
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, possible_removals
+from lightning_wgsef.network.trial_inputs import TrialInputs
 
 _CENTRED = (OPTYPE.BN, OPTYPE.IN)
 
@@ -302,6 +304,7 @@ def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dic
             else as_channels(graph, layer)
             for layer in channels
         ]
+        found = [x if x.obstacle else replace(x, obstacle=trial.given(graph, x)) for x in found]
         causes.update({x.layer.name: x.obstacle for x in found})
         pending = {x.layer.name: x for x in found if not x.obstacle}
 
@@ -384,6 +387,21 @@ class _Trial:
         left = {name for _, own in idle_parts(names, observer.ran) for name in own}
         places = {x.name: {m.name.rpartition(".")[0] for m in x.members} for x in layers}
         return {name: "example_input does not run it" for name in places if places[name] & left}
+
+    @cached_property
+    def _inputs(self) -> TrialInputs:
+        return TrialInputs(self.network, self.example_input)
+
+    def given(self, graph: Graph, found: Removable) -> str:
+        """Say which part of the network that does not run may be given these channels."""
+        layers = (x.module for x in weighted_layers(graph.model) if not x.problem)
+        if all(module in graph.engine.module2node for module in layers):
+            return ""
+        part = self._inputs.idle_user(graph, found.tied)
+        return part and (
+            f"'{part}', which ran on no variation of example_input, may read its channels; take it "
+            "out of the network if nothing runs it"
+        )
 
     @torch.no_grad()
     def units(self, layers: list[GroupedLayer]) -> str:

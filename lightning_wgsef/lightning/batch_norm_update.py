@@ -148,7 +148,8 @@ class BatchNormUpdate:
 
 def _called(module: nn.Module) -> Iterator[nn.Module]:
     """Yield the module and those in it, but for what is compiled: a hook is compiled with it."""
-    if getattr(module, "_compiled_call_impl", None) is not None:
+    scripted = isinstance(module, torch.jit.ScriptModule)  # which takes no hooks, nor has norms
+    if scripted or getattr(module, "_compiled_call_impl", None) is not None:
         return
     yield module
     if not hasattr(module, "_orig_mod"):

@@ -89,6 +89,7 @@ class Graph:
         activations: the modules without parameters, by the operation they end in.
         parts: sizes of the parts that splits and slices make of channels, with the numbers that
             modules hold of them; None for no such number.
+        results: operations and modules whose results the forward of a module has at hand, by name.
         tensors: canonical name and tensor of the copy's parameters and of the buffers that the
             graph has, by the id of what stands for it there: the parameter, or a stand-in.
     """
@@ -101,6 +102,7 @@ class Graph:
     inside: set[Any]
     activations: dict[Any, nn.Module]
     parts: dict[Any, list[tuple[int, Held | None]]]
+    results: dict[str, set[Any]]
     tensors: dict[int, tuple[str, Tensor]]
 
     def outward(self, side: Side) -> bool:
@@ -122,6 +124,17 @@ class Graph:
             else:
                 passed.append(self.activations.get(node.grad_fn, node.module))
         return [module for module in dict.fromkeys(passed) if module in self.names]
+
+    def has_at_hand(self, name: str, tied: CoupledChannels) -> bool:
+        """Does a module that is called, of this name, hold a tensor with these channels in it?
+
+        Its own parameters, its arguments, and what the modules that it calls take or return.
+        """
+        results = self.results.get(name, set())
+        made = [side[0] for side in tied.positions if self.outward(side)]
+        return any(node.grad_fn in results or node.module in results for node in made) or any(
+            self.names[module] == name for module in self.modules(tied)
+        )
 
     def tied(self, module: nn.Module, channels: Iterable[int]) -> CoupledChannels:
         """Everything that output channels of a module of the copy are tied to."""
@@ -369,7 +382,9 @@ def _followed_buffers(
 def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
     clone = model_copy(model).eval()
     for module in clone.modules():
-        if getattr(module, "inplace", False) is True:  # it would hide its input from the trace
+        compiled = isinstance(module, torch.jit.ScriptModule)  # whose attributes are constants
+        if getattr(module, "inplace", False) is True and not compiled:
+            # It would hide its input from the trace.
             module.inplace = False  # type: ignore[assignment]
     follow_units(clone)
     follow_look_alikes(clone)
@@ -411,7 +426,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
             named = {name: module for module, name in names.items()}
             with (
                 warnings.catch_warnings(),
-                observed(named, after=watch.note),
+                observed(named, watch.enter, watch.leave),
                 _followed_buffers(clone, follow=buffers) as leaves,
                 PaddingAsAnySum(),
             ):
@@ -425,7 +440,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
                         ignored_layers=[x for x in names if isinstance(x, nn.RNNBase)],
                         verbose=False,
                     )
-                except (IndexError, TypeError):  # a size that it cannot infer
+                except (IndexError, TypeError, ZeroDivisionError):  # a size that it cannot infer
                     if not outputs or not hasattr(engine, "module2node"):
                         raise
                     infer_sizes(engine)
@@ -446,7 +461,7 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
     own.update({id(leaf): found for leaf, found in leaves.items()})
     divided = [x.grad_fn for x in engine.module2node.values() if divides_channels(x)]
     parts = {operation: watch.parts[operation] for operation in divided if operation in watch.parts}
-    noted = (watch.inside, watch.activations, parts)
+    noted = (watch.inside, watch.activations, parts, watch.results)
     return Graph(clone, engine, names, given, returned, *noted, own)
 
 

@@ -7,13 +7,16 @@ import random
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 from torch.backends import mha
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.data import DataLoader, Dataset
+from torch.utils.hooks import RemovableHandle
 
 from lightning_wgsef.network.layers import canonical_name, computed_weight, unwrap
 
@@ -192,6 +195,9 @@ def model_copy(model: nn.Module) -> nn.Module:
             f"{_what_cannot_be_copied(model)}{type(error).__name__}: {error}; make "
             "copy.deepcopy(model) work"
         ) from error
+    for parameter, other in zip(model.parameters(), copied.parameters(), strict=True):
+        if not other.is_leaf:  # TorchScript's copies are results of a function, and not trained
+            other.detach_().requires_grad_(parameter.requires_grad)
     for module in copied.modules():
         # Lightning compiles methods in place: their copies would run the model itself.
         own = [
@@ -373,19 +379,59 @@ def observed(
         if "torch.utils.checkpoint" in sys.modules:  # the reentrant kind hides what lies inside
             reentrant = torch.utils.checkpoint.CheckpointFunction
             undo.enter_context(patch.object(reentrant, "apply", _without_checkpoint))
+        # Of several operations of a compiled module it makes one, after some passes.
+        undo.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
         for name, module in modules.items():
             if before is not None:
-                hook = module.register_forward_pre_hook(
-                    lambda own, args, named, name=name: before(name, own, args, named),
-                    with_kwargs=True,
-                )
-                undo.callback(hook.remove)
+                undo.callback(add_call_hook(module, partial(before, name)).remove)
             if after is not None:
-                hook = module.register_forward_hook(
-                    lambda own, args, output, name=name: after(name, own, args, output)
-                )
-                undo.callback(hook.remove)
+
+                def leave(own: Any, args: Any, _: Any, output: Any, name: str = name) -> None:
+                    after(name, own, args, output)
+
+                undo.callback(add_return_hook(module, leave).remove)
         yield
+
+
+def add_call_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Call ``hook(module, args, named)`` before every call of a module.
+
+    Modules that TorchScript has compiled take no hooks, and are told from all that are called.
+
+    >>> layer, seen = nn.ReLU(), []
+    >>> handle = add_call_hook(layer, lambda module, args, named: seen.append(len(args)))
+    >>> _ = nn.Sequential(layer, nn.Tanh())(torch.ones(2))
+    >>> seen
+    [1]
+    """
+    if not isinstance(module, torch.jit.ScriptModule):
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def call(called: nn.Module, args: Any) -> None:
+        if called is module:
+            hook(called, args, {})
+
+    return register_module_forward_pre_hook(call)
+
+
+def add_return_hook(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Call ``hook(module, args, named, output)`` after every call of a module, as `add_call_hook`.
+
+    >>> layer, seen = nn.ReLU(), []
+    >>> handle = add_return_hook(layer, lambda module, args, named, output: seen.append(output))
+    >>> _ = layer(torch.ones(2))
+    >>> seen
+    [tensor([1., 1.])]
+    """
+    if not isinstance(module, torch.jit.ScriptModule):
+        return module.register_forward_hook(hook, with_kwargs=True)
+
+    def call(called: nn.Module, args: Any, output: Any) -> None:
+        if called is module:
+            hook(called, args, {}, output)
+
+    # Of one with keyword arguments torch keeps a trace, which keeps torch.compile from its work.
+    return register_module_forward_hook(call)
 
 
 @torch.no_grad()

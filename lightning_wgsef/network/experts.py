@@ -144,7 +144,7 @@ def _router(
     """Find the layer with a row for every expert, beside the experts."""
     inside, found = set(experts.modules()), []
     for path, module in parent.named_modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module.named_parameters(recurse=False)).get("weight")
         if not path or path.count(".") > 1 or module in inside or weight is None:
             continue
         if not is_lazy(weight) and weight.dim() == 2 and len(weight) == count:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Iterable, Iterator
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 from torch_pruning import dependency  # type: ignore[import-untyped]
 
@@ -292,7 +294,15 @@ def infer_sizes(engine: Any) -> None:
             node.module.split_sizes = sizes
         else:
             node.module.concat_sizes = sizes
-    dependency.index_mapping.update_index_mapping(engine)
+    mappings = dependency.index_mapping
+    update = mappings.update_reshape_index_mapping
+
+    def careful(graph: Any, node: Node) -> None:
+        with suppress(ZeroDivisionError):  # a shuffle of channels, which `operation_obstacle` names
+            update(graph, node)
+
+    with patch.object(mappings, "update_reshape_index_mapping", careful):
+        mappings.update_index_mapping(engine)
 
 
 _Edge = tuple[Node, int, int, int]

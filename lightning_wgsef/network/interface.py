@@ -16,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_wgsef.network.attention import attention_blocks
 from lightning_wgsef.network.example_input import (
+    add_call_hook,
+    add_return_hook,
     evaluation,
     mapped,
     observed,
@@ -275,10 +277,8 @@ class InterfaceObserver(TorchFunctionMode):
                 is_layer = name in self.layers and self.layers[name].module is module
                 before = partial(self._enter, name, is_layer)
                 after = partial(self._leave, name, is_layer)
-                hook = module.register_forward_pre_hook(before, with_kwargs=True)
-                undo.callback(hook.remove)
-                hook = module.register_forward_hook(after, with_kwargs=True)
-                undo.callback(hook.remove)
+                undo.callback(add_call_hook(module, before).remove)
+                undo.callback(add_return_hook(module, after).remove)
             undo.enter_context(self)
             yield
 

@@ -199,7 +199,10 @@ def other_layers(model: nn.Module) -> dict[str, str]:
             continue
         parameters = module.parameters(recurse=False)
         if any(not is_lazy(parameter) and parameter.dim() > 1 for parameter in parameters):
-            reasons[canonical_name(raw)] = f"{type(module).__name__} is none of {GROUPABLE}"
+            reason = f"{type(module).__name__} is none of {GROUPABLE}"
+            if isinstance(module, torch.jit.ScriptModule):
+                reason = "compiled by TorchScript, it stays as it is; compile the slim network"
+            reasons[canonical_name(raw)] = reason
     return reasons
 
 

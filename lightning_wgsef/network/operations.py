@@ -103,6 +103,9 @@ class Watch(TorchFunctionMode):
             in it; None for no module.
         parts: the sizes of the parts that a split makes, or of a slice from the beginning, by the
             operation, with the number that a module holds of it; None for no such number.
+        results: operations and modules whose results the forward of a module has at hand: they are
+            its arguments, or what the modules that it calls take or return. By name, of those that
+            are called.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -112,6 +115,8 @@ class Watch(TorchFunctionMode):
         self.activations: dict[Any, nn.Module] = {}
         self.owners: dict[Any, nn.Module | None] = {}
         self.parts: dict[Any, list[tuple[int, Held | None]]] = {}
+        self.results: dict[str, set[Any]] = {}
+        self._calls: list[str] = []
         self._model, self._before = model, list[tuple[nn.Module, str, Any, Any]]()
         self._readers = {
             id(layer.weight): layer.module
@@ -124,8 +129,9 @@ class Watch(TorchFunctionMode):
     def __enter__(self) -> Self:
         """Let the numbers that modules hold know where they are."""
         for module in self._model.modules():
-            forward = str(getattr(type(module).forward, "__module__", ""))
-            if isinstance(module, torch.jit.ScriptModule) or forward.startswith("torch.nn."):
+            if isinstance(module, torch.jit.ScriptModule):
+                continue  # its class has no forward to look at
+            if str(getattr(type(module).forward, "__module__", "")).startswith("torch.nn."):
                 continue
             for name, value in list(vars(module).items()):
                 held: Any = None
@@ -190,8 +196,25 @@ class Watch(TorchFunctionMode):
         if len(ends) == 1:
             self.parts[part.grad_fn] = [(int(ends[0]), ends[0])]
 
-    def note(self, _: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
-        """Note a call of a module."""
+    def enter(self, name: str, _: nn.Module, given: tuple[Any, ...], named: Any) -> None:
+        """Note what a module is given."""
+        self._add_results(given, named)
+        self._calls.append(name)
+        self._add_results(given, named)
+
+    def _add_results(self, *values: Any) -> None:
+        if self._calls:
+            operations = {x.grad_fn for value in values for x in tensors(value)}
+            modules = {self._ended[x] for x in operations if x in self._ended}
+            self.results.setdefault(self._calls[-1], set()).update(operations, modules)
+
+    def leave(self, _: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
+        """Note a call of a module and what it returned."""
+        self._calls.pop()
+        self._note(module, given, returned)
+        self._add_results(returned)
+
+    def _note(self, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         if not isinstance(returned, Tensor):
             return
         end = returned.grad_fn

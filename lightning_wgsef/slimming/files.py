@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwrap
 from lightning_wgsef.network.surgery import RemovalPlan
+from lightning_wgsef.slimming.model_config import is_configured
 from lightning_wgsef.slimming.model_folder import save_folder
 from lightning_wgsef.slimming.slim import Slimming
 from lightning_wgsef.utils.files import as_path, atomic_write, check_writable
@@ -52,7 +53,7 @@ def save_slim(model: nn.Module, path: str | os.PathLike[str]) -> None:
         raise ValueError(
             f"model must be what slim returned: {type(model).__name__} has no 'slimming'"
         )
-    if not as_path("path", path).suffix and hasattr(model, "save_pretrained"):
+    if not as_path("path", path).suffix and is_configured(model):
         save_folder(model, record.plans, path)
         return
     tensors: dict[str, Tensor] = {}

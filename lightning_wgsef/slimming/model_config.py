@@ -37,6 +37,16 @@ def untold(plans: Sequence[RemovalPlan]) -> list[str]:
     return [what for what in _UNTOLD if any(getattr(plan, what) for plan in plans)]
 
 
+def is_configured(network: nn.Module) -> bool:
+    """Is it a network of transformers, which is made of a configuration, and saved with it?
+
+    >>> is_configured(nn.Linear(2, 2))
+    False
+    """
+    config = getattr(network, "config", None)  # what other libraries call so is a dict, or theirs
+    return hasattr(config, "to_dict") and hasattr(network, "save_pretrained")
+
+
 @torch.no_grad()
 def update_config(
     network: nn.Module, before: Shapes, example_input: Any, plans: Sequence[RemovalPlan]
@@ -47,7 +57,7 @@ def update_config(
     return the same.
 
     Args:
-        network: a network; one without ``config`` and ``save_pretrained`` is passed over.
+        network: a network; one without ``save_pretrained`` is passed over.
         before: the shapes that it had.
         example_input: a tensor, a tuple of the arguments of ``forward``, or a dict of them.
         plans: what was taken out of it.
@@ -55,10 +65,13 @@ def update_config(
     Returns:
         "" if ``from_pretrained`` will load what ``save_pretrained`` writes, else why not.
     """
-    config, now = getattr(network, "config", None), shapes_of(network)
-    if config is None or not hasattr(network, "save_pretrained") or now == before:
+    now = shapes_of(network)
+    if not hasattr(network, "save_pretrained") or now == before:
         return ""
     kept = "save_slim and load_slim keep this network"
+    if not is_configured(network):
+        return f"from_pretrained makes it as it was, and cannot load what is slim; {kept}"
+    config = network.config
     if not untold(plans):
         kept += ", or save_slim a folder with the code that from_pretrained needs"
     if any(plan.experts or plan.silenced for plan in plans):

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -35,24 +34,16 @@ from lightning_wgsef.network.equivalence import (
     difference,
     is_random,
     kept_outputs,
-    layer_outputs,
     layers_agree_in_float64,
     outputs_of,
     trained,
 )
-from lightning_wgsef.network.example_input import (
-    accepted_variation,
-    doubled,
-    model_copy,
-    reason_of,
-    run_example,
-)
+from lightning_wgsef.network.example_input import model_copy, reason_of, run_example
 from lightning_wgsef.network.experts import expert_modules
-from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
-from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwrap, weighted_layers
+from lightning_wgsef.network.layers import canonical_name, modules_by_name, unwrap
 from lightning_wgsef.network.residual import residual_blocks
 from lightning_wgsef.network.surgery import RemovalPlan, channel_removal, check_optimizer
-from lightning_wgsef.network.variations import variations
+from lightning_wgsef.network.trial_inputs import TrialInputs
 from lightning_wgsef.slimming.dead_channels import (
     DeadChannels,
     dead_channels,
@@ -65,7 +56,7 @@ from lightning_wgsef.utils.validation import check_kind, check_model
 
 _Candidate = TypeVar("_Candidate")
 
-_MOST_CHECKS = 32
+_ADVICE = "give inputs that run it with check=, or take it out of the network if nothing runs it"
 
 
 @dataclass
@@ -181,8 +172,10 @@ def slim(
         [*getattr(model, "slimming", Slimming()).plans, *work.plans],
         work.kept,
         (_count(before), _count(network)),
-        check_outputs(before, network, work.examples, work.training_example, expected),
-        work.fixed,
+        check_outputs(
+            before, network, work.inputs.examples, work.inputs.training_example, expected
+        ),
+        work.inputs.fixed,
     )
     if inplace:
         _take_over(model, network, work.plans, optimizer)
@@ -232,51 +225,33 @@ class _Slimmer:
         self.multiple_of = multiple_of
         self.plans: list[RemovalPlan] = []
         self.kept: dict[str, str] = {}
-        self._ran: set[str] = set()
-        self._seen: list[tuple[Any, Outputs]] = []
-        self._run(network, example_input)
-        if not self._seen[0][1][OUTPUTS]:
+        self.inputs = TrialInputs(network, example_input, check)
+        self.expected = self.inputs.outputs
+        if not self.expected[0][OUTPUTS]:
             raise ValueError(
                 f"model must return tensors, which can be compared, alone or in a tuple, dict or "
                 f"dataclass; {type(network).__name__} returns "
                 f"{type(run_example(network, example_input)).__name__}"
             )
-        _, self.fixed = variations(example_input, self._runs)
-        if self.fixed:
-            other = accepted_variation(network, example_input)
-            if other is not None:
-                self._run(network, other)
-        self._check(check)
-        self.examples = [example for example, _ in self._seen]
-        self.expected = [outputs for _, outputs in self._seen]
-        self.training_example: Any | None = None
-        # Some networks cannot train on an example; graphs and sorted lengths cannot be joined.
-        for example in (doubled(example_input, self.examples[-1]), *self.examples):
-            if self._trains(example):
-                break
         self._last: tuple[str, tuple[str, list[Outputs]]] = ("", ("", []))
-        names = [layer.name for layer in weighted_layers(network) if not layer.problem]
-        self._idle = dict(idle_parts(names, self._ran))
 
     def run(self) -> None:
         """Until nothing is left that can be taken out."""
         self._blocks()
         before = dict(self.kept)
-        for part in self._idle:
-            before[part] = (
-                "it ran on no input and stays as it is; give inputs that run it with check="
-            )
+        for part in self.inputs.idle:
+            before[part] = f"it ran on no input and stays as it is; {_ADVICE}"
         graph, count = None, -1
         while count < len(self.plans):
             count = len(self.plans)
             self.kept = dict(before)  # what stays for a reason is tried again in every round
             self._units(expert_groups(self.network))
             for find in (head_groups, hidden_groups):
-                self._units(find(self.network, self.examples[0]))
+                self._units(find(self.network, self.inputs.examples[0]))
             if not has_zero_channels(self.network):
                 continue
             try:
-                graph = build_graph(self.network, self.examples[0])
+                graph = build_graph(self.network, self.inputs.examples[0])
             except ValueError as error:
                 self.kept["channels"] = str(error)
                 continue
@@ -300,7 +275,7 @@ class _Slimmer:
             and not any(bool(parameter.any()) for parameter in module.parameters())
         }
         try:
-            blocks = residual_blocks(self.network, self.examples[0]) if zero else []
+            blocks = residual_blocks(self.network, self.inputs.examples[0]) if zero else []
         except Exception as error:  # blocks run alone, on what they were given
             self.kept["blocks"] = f"residual blocks cannot be run alone: {error}"
             return
@@ -310,7 +285,7 @@ class _Slimmer:
         )
 
     def _units(self, groups: Groups) -> None:
-        idle = {name for own in self._idle.values() for name in own}
+        idle = {name for own in self.inputs.idle.values() for name in own}
         candidates = {}
         for found in dead_units(groups):
             layers = {member.name.rpartition(".")[0] for member in found.layer.members}
@@ -332,9 +307,9 @@ class _Slimmer:
             self.kept.update(before)  # the first reason is the plainer one
 
     def _channels(self, graph: Graph) -> None:
-        examples = [(False, example) for example in self.examples]
-        if self.training_example is not None:
-            examples.append((True, self.training_example))
+        examples = [(False, example) for example in self.inputs.examples]
+        if self.inputs.training_example is not None:
+            examples.append((True, self.inputs.training_example))
         folded = model_copy(self.network)
         dead, kept = dead_channels(graph, folded, examples)
         if not _same_weights(self.network, folded):
@@ -346,10 +321,9 @@ class _Slimmer:
         self.kept.update(kept)
         candidates = {}
         for found in dead:
-            if part := self._idle_reader(graph, found):
+            if part := self.inputs.idle_user(graph, found.found.tied):
                 self.kept[found.found.name] = (
-                    f"'{part}', which ran on no input, may read its channels; give inputs that run "
-                    "it with check="
+                    f"'{part}', which ran on no input, may read its channels; {_ADVICE}"
                 )
             else:
                 step = self._multiple(graph, found)
@@ -401,18 +375,6 @@ class _Slimmer:
             for name, parameter in self.network.named_parameters():
                 parameter.copy_(values[name])
         self.expected, self._last = outputs, ("", ("", []))
-
-    def _idle_reader(self, graph: Graph, found: DeadChannels) -> str:
-        """Name a part that did not run and, by its width, may read or make these channels."""
-        if not self._idle:
-            return ""
-        widths = {graph.width(side) for side in found.found.tied.positions} - {None, 0, 1}
-        layers = {layer.name: layer for layer in weighted_layers(self.network)}
-        for part, own in self._idle.items():
-            read, made = layers[own[0]].inputs, layers[own[-1]].outputs
-            if any(read % width == 0 or made == width for width in widths if width):
-                return part
-        return ""
 
     def _take(
         self,
@@ -478,7 +440,7 @@ class _Slimmer:
         return self._last[1]
 
     def _outputs(self, network: nn.Module) -> list[Outputs]:
-        return outputs_of(network, self.examples, self.training_example)
+        return outputs_of(network, self.inputs.examples, self.inputs.training_example)
 
     @torch.no_grad()
     def _differing(self, found: list[Outputs], smaller: nn.Module, plan: RemovalPlan) -> str:
@@ -489,66 +451,16 @@ class _Slimmer:
             if not name:
                 continue
             networks = (self.network, smaller)
-            if place < len(self.examples):
-                example, where = self.examples[place], " for other inputs" if place else ""
+            if place < len(self.inputs.examples):
+                example, where = self.inputs.examples[place], " for other inputs" if place else ""
             else:
                 networks = trained(self.network), trained(smaller)
-                example, where = self.training_example, " in training"
+                example, where = self.inputs.training_example, " in training"
             if where == " in training" and is_random(networks[0], example, own):
                 continue  # other numbers are drawn than before
             if not layers_agree_in_float64(*networks, example, plan):
                 return f"without its zero groups, {name} would differ{where}"
         return ""
-
-    def _run(self, network: nn.Module, example: Any, seed: int = 0) -> Outputs:
-        """Run the network or a copy on an input, and note the layers that run."""
-        observer = InterfaceObserver(network)
-        with torch.no_grad(), observer.watching():
-            outputs = layer_outputs(network, example, seed=seed)
-        self._ran |= observer.ran
-        if network is self.network:
-            self._seen.append((example, outputs))
-        return outputs
-
-    def _runs(self, example: Any) -> bool:
-        try:
-            self._run(self.network, example)
-        except ValueError:
-            return False
-        return True
-
-    def _trains(self, example: Any) -> bool:
-        """Try removals in training mode, too, if the network runs in it."""
-        try:
-            outputs = self._run(trained(self.network), example)
-        except ValueError:
-            return False
-        self.training_example = example
-        self.expected.append(outputs)
-        return True
-
-    def _check(self, check: Any) -> None:
-        """Run the inputs of ``check``, as the network takes them."""
-        if check is None:
-            return
-        if isinstance(check, Tensor | tuple | Mapping):
-            check = [check]
-        if not isinstance(check, Iterable):
-            raise ValueError(f"check must be inputs, or a loader of them, got {check!r}")
-        for number, batch in enumerate(islice(check, _MOST_CHECKS)):
-            example = tuple(batch) if isinstance(batch, list) else batch
-            refused = None
-            while True:
-                try:
-                    self._run(self.network, example)
-                except ValueError as error:
-                    refused = refused or error
-                    if not isinstance(example, tuple) or len(example) < 2:
-                        message = str(refused).replace("example_input", f"check[{number}]", 1)
-                        raise ValueError(message) from error
-                    example = example[:-1]  # labels, which forward does not take
-                else:
-                    break
 
 
 def _without_bias(network: nn.Module) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_wgsef import Groups, group_parameters, slim
-from lightning_wgsef.network.example_input import mapped, tensors
+from lightning_wgsef.network.example_input import mapped, model_copy, tensors
 
 NEGLIGIBLE = 1e-9  # in float64, of the largest output
 
@@ -96,7 +95,7 @@ def difference(one: nn.Module, other: nn.Module, example: Any) -> float:
     inputs = mapped(as_double, example)
     found = []
     for network in (one, other):
-        twin = copy.deepcopy(network).double().eval()
+        twin = model_copy(network).double().eval()
         torch.manual_seed(0)
         with torch.no_grad():
             returned = twin(**inputs) if isinstance(inputs, dict) else twin(*inputs)

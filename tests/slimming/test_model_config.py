@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
+from huggingface_hub import PyTorchModelHubMixin
+from torch import nn
 
-from lightning_wgsef import group_parameters, save_slim, slim
+from lightning_wgsef import group_parameters, load_slim, save_slim, slim
 
 IDS = torch.randint(3, 60, (2, 7), generator=torch.Generator().manual_seed(0))
 TEXT = {"input_ids": IDS, "use_cache": False}
@@ -186,3 +189,38 @@ def test_what_no_folder_can_hold_is_refused(tmp_path):
         save_slim(small, tmp_path / "file")
     with pytest.raises(ValueError, match="model must be what slim returned"):
         save_slim(network, tmp_path / "other")
+
+
+class Hub(nn.Module, PyTorchModelHubMixin):
+    """A network that `save_pretrained` keeps, and whose ``config`` is its own affair."""
+
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.width = width
+        self.net = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 2))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+CONFIGS = {
+    "dict": {"width": 8},
+    "object": SimpleNamespace(width=8),
+    "number": 8,
+    "none": None,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configurations_of_other_libraries(name, tmp_path):
+    network = Hub()
+    network.config = CONFIGS[name]
+    with torch.no_grad():
+        network.net[0].weight[:4] = network.net[0].bias[:4] = 0
+    small = slim(network, torch.ones(1, 4))
+    assert small.net[0].out_features == 4
+    assert network.config == small.config == CONFIGS[name]
+    assert "from_pretrained makes it as it was" in small.slimming.kept["config"]
+    save_slim(small, tmp_path / "slim")  # a file: no folder of theirs could hold it
+    loaded = load_slim(tmp_path / "slim", Hub)
+    assert torch.equal(loaded(torch.ones(1, 4)), small(torch.ones(1, 4)))
