@@ -448,6 +448,9 @@ class _Trial:
         for x, (_, bundles) in zip(found, possible, strict=True):
             _zero(zeroed, x.layer, torch.tensor(sorted({x.groups[bundle] for bundle in bundles})))
         failure = self._difference(zeroed, channel_removal(graph, possible))
+        if failure and graph.compared:  # modules may check widths
+            plan = channel_removal(graph, possible, widths=True)
+            failure = self._difference(zeroed, plan) and failure
         causes = [cause_of_leak(graph, x) for x in found] if failure == _CHANGED else []
         return next(filter(None, causes[:1]), failure)
 

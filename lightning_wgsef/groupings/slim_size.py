@@ -228,7 +228,7 @@ class _Surgery:
                 channels.append((found.tied, found.bundles(gone.nonzero().flatten())))
         plans = [RemovalPlan(skipped=blocks)]
         if channels:
-            plans.append(channel_removal(self.graph, channels))
+            plans.append(channel_removal(self.graph, channels, widths=self.widths))
         if units:  # where no head goes, too: what stands for torch's attention is compared
             plans.append(unit_removal(self.model, units, widths=self.widths))
         return plans

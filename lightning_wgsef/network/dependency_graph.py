@@ -89,7 +89,9 @@ class Graph:
         activations: the modules without parameters, by the operation they end in.
         parts: sizes of the parts that splits and slices make of channels, with the numbers that
             modules hold of them; None for no such number.
-        results: operations and modules whose results the forward of a module has at hand, by name.
+        compared: numbers that modules hold and compare with sizes.
+        given: operations and modules whose results a module is given, by name.
+        results: the same of all that its forward has at hand.
         tensors: canonical name and tensor of the copy's parameters and of the buffers that the
             graph has, by the id of what stands for it there: the parameter, or a stand-in.
     """
@@ -102,6 +104,8 @@ class Graph:
     inside: set[Any]
     activations: dict[Any, nn.Module]
     parts: dict[Any, list[tuple[int, Held | None]]]
+    compared: list[Held]
+    given: dict[str, set[Any]]
     results: dict[str, set[Any]]
     tensors: dict[int, tuple[str, Tensor]]
 
@@ -461,7 +465,10 @@ def _traced(model: nn.Module, example_input: Any, *, buffers: bool) -> Graph:
     own.update({id(leaf): found for leaf, found in leaves.items()})
     divided = [x.grad_fn for x in engine.module2node.values() if divides_channels(x)]
     parts = {operation: watch.parts[operation] for operation in divided if operation in watch.parts}
-    noted = (watch.inside, watch.activations, parts, watch.results)
+    # By their places: as numbers they may be equal.
+    compared = {(x.module, x.attribute, x.index): x for x in watch.compared}
+    at_hand = (list(compared.values()), watch.given, watch.results)
+    noted = (watch.inside, watch.activations, parts, *at_hand)
     return Graph(clone, engine, names, given, returned, *noted, own)
 
 

@@ -62,20 +62,20 @@ class Held(int):
         attribute: its name there.
         index: of the entry, where the module holds several numbers; None for one.
         times: how many times the number is what the module holds.
+        compared: those that are found equal to a plain number are put there, as a size is checked.
     """
 
     module: nn.Module
     attribute: str
     index: int | None
     times: int
+    compared: list[Held]
 
     @classmethod
-    def at(
-        cls, number: int, module: nn.Module, attribute: str, index: int | None, times: int = 1
-    ) -> Held:
-        """Note where a module holds a number."""
+    def at(cls, number: int, *place: Any) -> Held:
+        """Note where a module holds a number, with the values of all attributes."""
         held = cls(number)
-        held.module, held.attribute, held.index, held.times = module, attribute, index, times
+        held.module, held.attribute, held.index, held.times, held.compared = place
         return held
 
     def __floordiv__(self, parts: Any) -> Any:
@@ -83,7 +83,20 @@ class Held(int):
         found = int(self) // parts
         if type(parts) is not int or found * parts != self:
             return found
-        return Held.at(found, self.module, self.attribute, self.index, self.times * parts)
+        times = self.times * parts
+        return Held.at(found, self.module, self.attribute, self.index, times, self.compared)
+
+    def __eq__(self, other: object) -> bool:
+        """Compare, and note it."""
+        if type(other) is int and int(self) == other:
+            self.compared.append(self)
+        return int(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        """Compare, and note it."""
+        return not self == other
+
+    __hash__ = int.__hash__
 
 
 class Watch(TorchFunctionMode):
@@ -103,9 +116,10 @@ class Watch(TorchFunctionMode):
             in it; None for no module.
         parts: the sizes of the parts that a split makes, or of a slice from the beginning, by the
             operation, with the number that a module holds of it; None for no such number.
-        results: operations and modules whose results the forward of a module has at hand: they are
-            its arguments, or what the modules that it calls take or return. By name, of those that
-            are called.
+        compared: numbers that modules hold and compare with sizes, which are equal.
+        given: operations and modules whose results a module is given, by name, of those called.
+        results: the same of all that its forward has at hand: what it is given, and what the
+            modules that it calls take or return.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -115,6 +129,8 @@ class Watch(TorchFunctionMode):
         self.activations: dict[Any, nn.Module] = {}
         self.owners: dict[Any, nn.Module | None] = {}
         self.parts: dict[Any, list[tuple[int, Held | None]]] = {}
+        self.compared: list[Held] = []
+        self.given: dict[str, set[Any]] = {}
         self.results: dict[str, set[Any]] = {}
         self._calls: list[str] = []
         self._model, self._before = model, list[tuple[nn.Module, str, Any, Any]]()
@@ -136,9 +152,11 @@ class Watch(TorchFunctionMode):
             for name, value in list(vars(module).items()):
                 held: Any = None
                 if type(value) is int:
-                    held = Held.at(value, module, name, None)
+                    held = Held.at(value, module, name, None, 1, self.compared)
                 elif type(value) in (list, tuple) and all(type(x) is int for x in value):
-                    held = type(value)(Held.at(x, module, name, n) for n, x in enumerate(value))
+                    held = type(value)(
+                        Held.at(x, module, name, n, 1, self.compared) for n, x in enumerate(value)
+                    )
                 if held is not None:
                     self._before.append((module, name, value, held))
                     vars(module)[name] = held
@@ -198,21 +216,25 @@ class Watch(TorchFunctionMode):
 
     def enter(self, name: str, _: nn.Module, given: tuple[Any, ...], named: Any) -> None:
         """Note what a module is given."""
-        self._add_results(given, named)
+        operations = {x.grad_fn for value in (given, named) for x in tensors(value)}
+        self.given.setdefault(name, set()).update(self._with_modules(operations))
+        self._add_results(operations)
         self._calls.append(name)
-        self._add_results(given, named)
+        self._add_results(operations)
 
-    def _add_results(self, *values: Any) -> None:
+    def _with_modules(self, operations: set[Any]) -> set[Any]:
+        return operations | {self._ended[x] for x in operations if x in self._ended}
+
+    def _add_results(self, operations: set[Any]) -> None:
         if self._calls:
-            operations = {x.grad_fn for value in values for x in tensors(value)}
-            modules = {self._ended[x] for x in operations if x in self._ended}
-            self.results.setdefault(self._calls[-1], set()).update(operations, modules)
+            own = self.results.setdefault(self._calls[-1], set())
+            own.update(self._with_modules(operations))
 
     def leave(self, _: str, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         """Note a call of a module and what it returned."""
         self._calls.pop()
         self._note(module, given, returned)
-        self._add_results(returned)
+        self._add_results({x.grad_fn for x in tensors(returned)})
 
     def _note(self, module: nn.Module, given: tuple[Any, ...], returned: Any) -> None:
         if not isinstance(returned, Tensor):

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_wgsef.network.channels import mean_square_norm, parameter_axis
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph, Side
 from lightning_wgsef.network.layers import WeightedLayer, modules_by_name
-from lightning_wgsef.network.operations import OPTYPE, normalised_together
+from lightning_wgsef.network.operations import OPTYPE, Held, normalised_together, shape_after
 from lightning_wgsef.network.recurrent import UnitLayer
 from lightning_wgsef.network.slim_modules import (
     KeptExperts,
@@ -258,13 +258,18 @@ _PASSED = {
 
 
 def channel_removal(
-    graph: Graph, removals: Iterable[tuple[CoupledChannels, Collection[int]]]
+    graph: Graph,
+    removals: Iterable[tuple[CoupledChannels, Collection[int]]],
+    *,
+    widths: bool = False,
 ) -> RemovalPlan:
     """The plan that takes bundles of channels out of the model that the graph was built of.
 
     Args:
         graph: the graph of the model.
         removals: sets of tied channels, with the numbers of the bundles that go.
+        widths: lower the numbers, too, with which modules check how wide the channels are that they
+            are given. They may mean something else, so that the plan has to be tried.
 
     >>> from lightning_wgsef.network.dependency_graph import build_graph
     >>> import torch
@@ -276,16 +281,18 @@ def channel_removal(
     (Conv2d(3, 5, kernel_size=(3, 3), stride=(1, 1)), 5, torch.Size([4, 5, 3, 3]))
     """
     gone: dict[Side, set[int]] = {}
-    widths: dict[Side, int] = {}
+    counts: dict[Side, int] = {}
     for tied, bundles in possible_removals(graph, list(removals)):
         for side, roots in tied.positions.items():
             removed = {place for place, root in roots.items() if tied.bundle[root] in bundles}
             gone.setdefault(side, set()).update(removed)
-            widths[side] = len(roots)
+            counts[side] = len(roots)
     plan = RemovalPlan()
     for side, positions in gone.items():
         if positions:
-            _cut_side(plan, graph, side, sorted(positions), widths[side])
+            _cut_side(plan, graph, side, sorted(positions), counts[side])
+    if widths:
+        _lower_compared(plan, graph, {side: len(x) for side, x in gone.items() if x})
     return plan
 
 
@@ -399,21 +406,47 @@ def _cut_side(
             lower(("in_channels", "in_features"))
 
 
+def _lower_compared(plan: RemovalPlan, graph: Graph, less: dict[Side, int]) -> None:
+    """Lower what modules compare with the width of channels: of what they are given, or have."""
+    lowered = {(name, attribute) for name, sizes in plan.sizes.items() for attribute in sizes}
+    for held in graph.compared:
+        name = graph.names[held.module]
+        if (name, held.attribute) in lowered:
+            continue
+        for known in (graph.given.get(name, set()), graph.results.get(name, set())):
+            found = {
+                number
+                for side, number in less.items()
+                if {side[0].grad_fn, side[0].module} & known
+                and graph.outward(side)
+                and int(held) in (shape_after(side[0].grad_fn) or ())
+            }
+            if found:
+                break
+        if len(found) == 1:
+            _set_held(plan, graph, held, int(held) - found.pop())
+
+
 def _lower_parts(plan: RemovalPlan, graph: Graph, node: Any, positions: list[int]) -> None:
     """Lower the numbers, held by modules, of the channels in the parts that a split makes."""
     start = 0
     for size, held in graph.parts.get(node.grad_fn, ()):
         if held is not None:
             left = size - sum(start <= place < start + size for place in positions)
-            sizes = plan.sizes.setdefault(graph.names[held.module], {})
-            before = sizes.get(held.attribute, getattr(held.module, held.attribute))
-            if held.index is None:
-                sizes[held.attribute] = left * held.times
-            else:
-                numbers = list(before)
-                numbers[held.index] = left * held.times
-                sizes[held.attribute] = tuple(numbers)
+            _set_held(plan, graph, held, left)
         start += size
+
+
+def _set_held(plan: RemovalPlan, graph: Graph, held: Held, left: int) -> None:
+    """Set a number that a module holds."""
+    sizes = plan.sizes.setdefault(graph.names[held.module], {})
+    before = sizes.get(held.attribute, getattr(held.module, held.attribute))
+    if held.index is None:
+        sizes[held.attribute] = left * held.times
+    else:
+        numbers = list(before)
+        numbers[held.index] = left * held.times
+        sizes[held.attribute] = tuple(numbers)
 
 
 @torch.no_grad()

@@ -299,12 +299,7 @@ class _Slimmer:
                 if len(stay) < len(dead):
                     layer = replace(found.layer, multiple=step)
                     candidates[found.layer.name] = replace(found, layer=layer)
-        for widths in (False, True):
-            before = dict(self.kept)
-            for name in self._take(candidates, partial(_units_plan, self.network, widths)):
-                del candidates[name]
-                before.pop(name, None)
-            self.kept.update(before)  # the first reason is the plainer one
+        self._take_twice(candidates, partial(_units_plan, self.network))
 
     def _channels(self, graph: Graph) -> None:
         examples = [(False, example) for example in self.inputs.examples]
@@ -332,7 +327,23 @@ class _Slimmer:
                 if len(stay) < len(gone):
                     found = replace(found, bundles=found.bundles - set(stay))
                     candidates[found.found.name] = found
-        self._take(candidates, partial(_channels_plan, graph))
+        if graph.compared:
+            self._take_twice(candidates, partial(_channels_plan, graph))
+        else:
+            self._take(candidates, partial(_channels_plan, graph, False))
+
+    def _take_twice(
+        self,
+        candidates: dict[str, _Candidate],
+        plan_of: Callable[[bool, Sequence[_Candidate]], RemovalPlan],
+    ) -> None:
+        """Take out what can be, and then what can be where modules are told other widths."""
+        for widths in (False, True):
+            before = dict(self.kept)
+            for name in self._take(candidates, partial(plan_of, widths)):
+                del candidates[name]
+                before.pop(name, None)
+            self.kept.update(before)  # the first reason is the plainer one
 
     def _staying(self, name: str, dead: list[int], count: int, step: int) -> list[int]:
         """Return which of the dead have to stay, so that the width is a multiple."""
@@ -476,9 +487,8 @@ def _units_plan(network: nn.Module, widths: bool, dead: Iterable[DeadUnits]) -> 
     return unit_removal(network, [(x.layer, x.dead) for x in dead], widths=widths)
 
 
-def _channels_plan(graph: Graph, dead: Iterable[DeadChannels]) -> RemovalPlan:
-    """The plan that takes dead channels out."""
-    return channel_removal(graph, [(x.found.tied, x.bundles) for x in dead])
+def _channels_plan(graph: Graph, widths: bool, dead: Iterable[DeadChannels]) -> RemovalPlan:
+    return channel_removal(graph, [(x.found.tied, x.bundles) for x in dead], widths=widths)
 
 
 def _apply(network: nn.Module, masks: Mapping[str, Tensor] | None) -> None:
