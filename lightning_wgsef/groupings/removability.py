@@ -166,7 +166,7 @@ def _reader_names(graph: Graph, tied: CoupledChannels) -> list[str]:
     return [
         layer_name(graph, node.module)
         for node, handler in tied.positions
-        if node.type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward((node, handler))
+        if graph.reads((node, handler))
     ]
 
 

@@ -172,7 +172,11 @@ def _reserved(graph: Graph, found: ChannelSet, members: tuple[Member, ...]) -> s
     if frozen:
         return f"frozen: {frozen[0]} has no gradient"
     makers = (OPTYPE.CONV, OPTYPE.LINEAR, OPTYPE.EMBED)
-    sides = [side for side in tied.positions if side[0].type in makers and graph.outward(side)]
+    sides = [
+        side
+        for side in tied.positions
+        if side[0].type in makers and graph.outward(side) and not graph.multiplier(side[0])
+    ]
     producers = list(dict.fromkeys(layer_name(graph, side[0].module) for side in sides))
     if len(producers) > 1 and any(map(normalises_width, graph.modules(tied))):
         names = ", ".join(f"'{name}'" for name in producers[:3])

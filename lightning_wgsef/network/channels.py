@@ -223,9 +223,7 @@ def input_obstacles(graph: Graph) -> dict[str, str]:
     owners = {name: layer_name(graph, module) for module, name in graph.names.items()}
     for found in channel_sets(graph):
         readers = [
-            graph.names[side[0].module]
-            for side in found.tied.positions
-            if side[0].type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward(side)
+            graph.names[side[0].module] for side in found.tied.positions if graph.reads(side)
         ]
         for name in readers:
             others = [owners.get(other, other) for other in readers if other != name]
@@ -289,6 +287,6 @@ def _touched(
     node, _ = side
     for found in slices(graph, tied, side):
         yield found.parameter, found.axis, found.groups
-    if not graph.outward(side) and node.type in PRODUCERS:
+    if not graph.outward(side) and node.type in PRODUCERS and not graph.multiplier(node):
         groups = {place: tied.bundle[root] for place, root in tied.positions[side].items()}
         yield read_weight(node.module), int(not getattr(node.module, "transposed", False)), groups

@@ -114,6 +114,21 @@ class Graph:
         node, handler = side
         return bool(handler == self.engine.get_pruner_of_module(node.module).prune_out_channels)
 
+    def reads(self, side: Side) -> bool:
+        """Are these the inputs of a layer that mixes them?"""
+        matrix = side[0].type in (OPTYPE.CONV, OPTYPE.LINEAR)
+        return matrix and not self.outward(side) and not self.multiplier(side[0])
+
+    def multiplier(self, node: Node) -> int:
+        """Return how many channels a depthwise convolution makes of each, if several; 0 for others.
+
+        They go with what they are made of, as in EEGNet: a depth multiplier.
+        """
+        module = node.module
+        if node.type != OPTYPE.CONV or module.groups == 1 or module.groups != module.in_channels:
+            return 0
+        return 0 if module.transposed else int(module.out_channels) // int(module.groups)
+
     def modules(self, tied: CoupledChannels) -> list[nn.Module]:
         """The modules that the channels pass, with those of their parameters and activations."""
         passed = []
@@ -142,9 +157,19 @@ class Graph:
 
     def tied(self, module: nn.Module, channels: Iterable[int]) -> CoupledChannels:
         """Everything that output channels of a module of the copy are tied to."""
+        channels = list(channels)
+        found = self._tied(module, channels, whole=True)
+        if found.obstacle and any(self.multiplier(node) for node, _ in found.positions):
+            # What is made of each channel can lose the same places everywhere, too.
+            aligned = self._tied(module, channels, whole=False)
+            if not aligned.obstacle and aligned.count > 1:
+                return aligned
+        return found
+
+    def _tied(self, module: nn.Module, channels: list[int], *, whole: bool) -> CoupledChannels:
         found, joined = CoupledChannels(), _Joined(channels)
         try:
-            self._follow(module, found, joined)
+            self._follow(module, found, joined, whole)
         except Exception as error:  # the library's mappings fail on operations that it misreads
             names = [
                 self.names[node.module] for node, _ in found.positions if node.module in self.names
@@ -160,7 +185,9 @@ class Graph:
                 found.obstacle = found.obstacle.replace(words, "")
         return found
 
-    def _follow(self, module: nn.Module, found: CoupledChannels, joined: _Joined) -> None:
+    def _follow(
+        self, module: nn.Module, found: CoupledChannels, joined: _Joined, whole: bool
+    ) -> None:
         """Walk from the outputs of a module to everything that is tied to them."""
         start = self.engine.get_pruner_of_module(module).prune_out_channels
         indices = [Index(idx=channel, root_idx=channel) for channel in joined.parent]
@@ -173,7 +200,7 @@ class Graph:
             if self.width(side) == 1 and any(index.idx for index in indices):
                 continue  # broadcast: every channel reads the same one
             known, fresh = found.positions.setdefault(side, {}), []
-            for index in self._aligned(side, indices):
+            for index in self._aligned(side, indices, whole):
                 if index.idx >= self.largest_axis:
                     circular = True
                 elif index.root_idx is None:
@@ -183,6 +210,8 @@ class Graph:
                     fresh.append(index)
                 elif known[index.idx] != index.root_idx:
                     joined.join(known[index.idx], index.root_idx)
+            if fresh and whole and (times := self.multiplier(node)):
+                waiting.append(self._other_side(side, fresh, times))
             if self._mixes(node) and (node in summed or node not in self._carried):
                 continue  # what lies behind is not tied, and recurrence would never end
             for dependency in node.dependencies if fresh else ():
@@ -254,18 +283,34 @@ class Graph:
         width = self.engine.get_out_channels if outward else self.engine.get_in_channels
         return None if node.type == OPTYPE.OUTPUT else width(node)
 
-    def _aligned(self, side: Side, indices: list[Any]) -> list[Any]:
+    def _aligned(self, side: Side, indices: list[Any], whole: bool) -> list[Any]:
         """With the same place in all parts of a grouped convolution: all parts are of one width."""
         node, _ = side
         parts = getattr(node.module, "groups", 1)
         if node.type != OPTYPE.CONV or parts == 1:
             return indices
         each = (self.width(side) or 0) // parts
+        if whole and self.multiplier(node):
+            return [
+                Index(idx=index.idx // each * each + place, root_idx=index.root_idx)
+                for index in indices
+                for place in range(each)
+            ]
         return [
             Index(idx=index.idx % each + part * each, root_idx=index.root_idx)
             for index in indices
             for part in range(parts)
         ]
+
+    def _other_side(self, side: Side, indices: list[Any], times: int) -> tuple[Side, list[Any]]:
+        """Map what a convolution with a multiplier reads to what it makes of it, or back."""
+        node, _ = side
+        pruner = self.engine.get_pruner_of_module(node.module)
+        if self.outward(side):
+            read = [Index(x.idx // times, x.root_idx) for x in indices]
+            return (node, pruner.prune_in_channels), read
+        made = [Index(x.idx * times, x.root_idx) for x in indices]  # and the others of its group
+        return (node, pruner.prune_out_channels), made
 
     def _obstacle(self, side: Side, positions: dict[int, int]) -> str:
         node, _ = side

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from itertools import count, takewhile
+from itertools import takewhile
 from typing import Any, Self
 
 import torch
@@ -365,9 +365,9 @@ def flatten_obstacle(node: Any, positions: dict[int, int]) -> str:
     after = shape_after(node.grad_fn) or ()
     if node.type != OPTYPE.RESHAPE or len(before) < 3 or len(after) != 2 or before[0] != after[0]:
         return ""
-    first, width = min(positions), before[-1]
-    run = next(n for n in count(1) if positions.get(first + n) != positions[first])
-    if run == math.prod(before[2:]):
+    size, width = math.prod(before[2:]), before[-1]
+    starts = {place // size * size for place in positions}
+    if all(positions.get(x) == positions.get(x + n) for x in starts for n in range(size)):
         return ""
     if max(positions) >= width and all(
         positions.get(place % width) == root for place, root in positions.items()

@@ -395,7 +395,9 @@ def _cut_side(
         plan.resize(name, module, "embedding_dim", less)
     elif node.type in (OPTYPE.CONV, OPTYPE.LINEAR):
         across = int(getattr(module, "transposed", False))
-        if graph.outward(side):
+        if graph.multiplier(node) and not graph.outward(side):
+            lower(("in_channels", "groups"))
+        elif graph.outward(side):
             remove("weight", across, positions)
             remove("bias", 0, positions)
             lower(("out_channels", "out_features"))

@@ -165,7 +165,7 @@ def _input_free(graph: Graph, found: ChannelSet) -> set[int]:
 def _readers(graph: Graph, found: ChannelSet) -> Iterator[_Reader]:
     for side, roots in found.tied.positions.items():
         node, _ = side
-        if node.type in (OPTYPE.CONV, OPTYPE.LINEAR) and not graph.outward(side):
+        if graph.reads(side):
             reads = _read_channels(node.module).tolist()
             bundles = {place: found.tied.bundle[root] for place, root in roots.items()}
             read = {place: bundle for place, bundle in bundles.items() if reads[place]}
