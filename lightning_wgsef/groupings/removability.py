@@ -428,13 +428,19 @@ class _Trial:
     def channels(self, graph: Graph, found: list[Removable]) -> str:
         """Say how the outputs with half of the groups zero, and with their channels cut, differ.
 
-        Once with the first half, and once with every other group: where a forward splits channels
-        by their number, in blocks or in turn, parts that lost equally many would fit by chance.
+        Once with the first half, and once with some of every other group: where a forward splits
+        channels by their number, in blocks or in turn, or joins as many zeros as there are
+        channels, parts and layers that lost equally many would fit by chance.
         """
         if any(x.layer.count < 2 for x in found):
             return "it has one group"
         for step in (1, 2):
-            some = [torch.arange(x.layer.count)[::step][: x.layer.count // 2] for x in found]
+            most = [x.layer.count // 2 for x in found]
+            if step == 2:
+                most = [int(torch.randint(1, n + 1, (), generator=self.generator)) for n in most]
+            some = [
+                torch.arange(x.layer.count)[::step][:n] for x, n in zip(found, most, strict=True)
+            ]
             failure = self._cut(graph, found, some)
             if failure:
                 return failure

@@ -31,6 +31,7 @@ from lightning_wgsef.network.index_mapping import (
     divides_channels,
     infer_sizes,
     map_parts,
+    padded_part,
     part_size,
 )
 from lightning_wgsef.network.layers import canonical_name
@@ -335,6 +336,13 @@ class Graph:
             return f"a split mixes its channels with heads, or does not fit '{place}': {HEAD}"
         if name or node.grad_fn in self.inside:
             return ""
+        if (part := padded_part(node)) is not None:
+            beside = [place for place in positions if place not in part]
+            return (
+                "in their place zeros are padded to other channels, as many as ever"
+                if beside
+                else ""
+            )
         return flatten_obstacle(node, positions) or operation_obstacle(node, max(positions) + 1)
 
 

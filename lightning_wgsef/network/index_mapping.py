@@ -20,6 +20,8 @@ from lightning_wgsef.network.operations import OPTYPE, adds_axes, shape_after
 
 Node = Any
 
+_PADDING = "ConstantPadNdBackward0"
+
 
 class Index(NamedTuple):
     """A position at one side, and the channel of the root that it is tied to.
@@ -96,6 +98,8 @@ def map_parts(engine: Any, one_dimensional: bool) -> None:
                 if node in (dep.source, dep.target):
                     dep.index_mapping[0] = None
         _map_flattened(node, before, 1 if one_dimensional else 2)
+        if type(node.grad_fn).__name__ == _PADDING:
+            _map_padded(node, 1 if one_dimensional else 2)
         for dep in node.dependencies if node.type == OPTYPE.CONCAT else ():
             if dep.target.type == OPTYPE.SPLIT:  # of the whole first, then to the other's whole
                 dep.index_mapping.reverse()
@@ -116,6 +120,34 @@ def _map_slice(node: Node, before: tuple[int, ...], otherwise: int) -> None:
                 of_source = dep.index_mapping[0] if source.type == OPTYPE.SPLIT else None
                 # The part of a split that is sliced is found first, or last on the way back.
                 dep.index_mapping[:] = [own, of_source] if to_whole else [of_source, own]
+
+
+def _map_padded(node: Node, otherwise: int) -> None:
+    """Map channels to their places among the zeros that are padded beside them."""
+    shape, pads = shape_after(node.grad_fn) or (), node.grad_fn._saved_pad
+    axis = _channel_axis(node, otherwise if len(shape) == 3 else 1)
+    place = 2 * (len(shape) - 1 - axis)  # two numbers for each axis, from the last one on
+    before, after = (_signed(x) for x in (*pads[place : place + 2], 0, 0)[:2])
+    if min(before, after) < 0 or before == after == 0:
+        return
+    for source in node.inputs:
+        for one, other, to_whole in ((node, source, False), (source, node, True)):
+            for dep in one.dependencies:
+                if dep.target is other:
+                    own = _Part(before, shape[axis] - before - after, to_whole)
+                    of_source = dep.index_mapping[0] if source.type == OPTYPE.SPLIT else None
+                    dep.index_mapping[:] = [of_source, own] if to_whole else [own, of_source]
+
+
+def padded_part(node: Node) -> range | None:
+    """Find the places of the channels that zeros are padded to; None where it is not so."""
+    if type(node.grad_fn).__name__ != _PADDING:
+        return None
+    for dep in node.dependencies:
+        part = dep.index_mapping[0]
+        if dep.target in node.inputs and isinstance(part, _Part):
+            return range(part.first, part.first + part.size)
+    return None
 
 
 def _bounds(operation: Any, width: int) -> tuple[int, int]:

@@ -382,11 +382,13 @@ def _axes(operation: Any, shape: tuple[int, ...]) -> tuple[list[int], tuple[int,
         indices = operation._saved_indices
         return [axis for axis, index in enumerate(indices) if index is not None], shape
     if hasattr(operation, "_saved_pad"):  # two numbers for each axis, from the last one on
-        pads = operation._saved_pad
-        added = [0] * (len(shape) - len(pads) // 2)
-        added += [pads[i] + pads[i + 1] for i in reversed(range(0, len(pads), 2))]
-        before = tuple(size - more for size, more in zip(shape, added, strict=True))
-        return [axis for axis, more in enumerate(added) if more], before
+        pads = [x - 2**64 if x >= 2**63 else x for x in operation._saved_pad]
+        pads = [0] * (2 * len(shape) - len(pads)) + [
+            x for i in reversed(range(0, len(pads), 2)) for x in pads[i : i + 2]
+        ]
+        pairs = list(zip(pads[::2], pads[1::2], strict=True))
+        before = tuple(size - sum(pair) for size, pair in zip(shape, pairs, strict=True))
+        return [axis for axis, pair in enumerate(pairs) if any(pair)], before
     saved = getattr(operation, "_saved_dims", getattr(operation, "_saved_dim", ()))
     saved = saved if isinstance(saved, tuple) else (saved,)
     # Negative axes are saved as unsigned numbers.
