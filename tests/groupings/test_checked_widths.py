@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_wgsef import group_parameters, load_slim, save_slim
-from tests.helpers.removal import difference, removal
+from lightning_wgsef import group_parameters, load_slim, prune, save_slim
+from lightning_wgsef.groupings.slim_size import counted_size
+from tests.helpers.groups import raises_naming
+from tests.helpers.removal import difference, drawn, removal
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -130,7 +132,6 @@ class TwoGiven(nn.Module):
 CHECKED = {
     Resample: {"channels": 4},
     Refusing: {"sizes": (4, 4)},
-    After: {"made": 4},
     Halves: {"half": 2},
     Square: {"size": 8},
 }
@@ -148,18 +149,18 @@ def test_they_are_lowered(part, tmp_path):
     assert difference(found.small, loaded, IMAGES) == 0
 
 
-def test_the_size_of_the_slim_network():
-    for part in (Resample, After):
-        groups = group_parameters(
-            Network(part), "structure", k=0.5, scope="global", costs="params", example_input=IMAGES
-        )
-        assert not any(layer.obstacle for layer in groups.layers)
+def test_the_size_that_is_named_comes_out():
+    network = drawn(Network(Resample))
+    small = prune(network, [(IMAGES, torch.zeros(2, 4, 4).long())], k=0.5, costs="params")
+    dense, left = (counted_size(x, "parameters", IMAGES) for x in (network, small))
+    assert 0.35 * dense < left <= 0.5 * dense
 
 
-def test_one_of_two_inputs_of_the_same_width():
-    """Which of the two is checked is not known; half of both fits, and another share would not."""
-    found = removal(TwoGiven(), IMAGES, "structure")
-    assert found.small.part.width == 4
+@pytest.mark.parametrize("make", [TwoGiven, lambda: Network(After)])
+def test_two_of_the_same_width_stay(make):
+    """Which of the two is checked is not known, and they may lose other numbers of channels."""
+    with raises_naming("can group", "first: the network does not run without them"):
+        group_parameters(make(), "structure", example_input=IMAGES)
 
 
 def test_what_is_for_more_than_a_check_stays():

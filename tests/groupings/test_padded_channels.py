@@ -94,6 +94,19 @@ def test_twice_as_many(name):
     assert not found.obstacles
 
 
+def test_a_layer_reads_them_with_the_zeros():
+    class Read(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(9, 2, 1)
+
+        def forward(self, x):
+            return self.b(F.pad(F.relu(self.a(x)), (0, 0, 0, 0, 1, 2)))
+
+    found = removal(Read(), IMAGES, "structure")
+    assert found.small.b.in_channels == 6
+
+
 @pytest.mark.parametrize("grouping", ["filter", "channel"])
 def test_other_groupings(grouping):
     removal(ResNet(), IMAGES, grouping)

@@ -231,7 +231,7 @@ ORDER = torch.tensor([2, 0, 5, 3, 1, 4])
         (lambda x: x.softmax(1), nn.Conv2d(6, 2, 1)),
         (lambda x: x[:, ORDER], nn.Conv2d(6, 2, 1)),
         (lambda x: x.index_select(1, ORDER), nn.Conv2d(6, 2, 1)),
-        (lambda x: functional.pad(x, (0, 0, 0, 0, 1, 1)), nn.Conv2d(8, 2, 1)),
+        (lambda x: functional.pad(x, (0, 0, 0, 0, 1, -1)), nn.Conv2d(6, 2, 1)),
         (nn.ChannelShuffle(2), nn.Conv2d(6, 2, 1)),
         (nn.LocalResponseNorm(3), nn.Conv2d(6, 2, 1)),
     ],
