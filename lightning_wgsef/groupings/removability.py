@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from lightning_wgsef.groupings.unit_removal import unit_removal
 from lightning_wgsef.groups.grouped_layer import GroupedLayer, with_values
@@ -465,7 +466,7 @@ class _Trial:
         try:
             plan.apply(small)
             differs = differing_layer(zeroed, small, self.example_input, plan)
-        except ValueError as error:
+        except Exception as error:  # a cut that does not fit may end in anything
             return f"the network does not run without them: {reason_of(error)}"
         return _CHANGED if differs else ""
 
@@ -482,6 +483,10 @@ def _copy(network: nn.Module, own: Collection[str]) -> nn.Module:
     modules = modules_by_name(network)
     places = [name.rpartition(".") for name in own]
     copied = {id(getattr(modules[path], tensor)) for path, _, tensor in places}
+    for path, _, tensor in places:
+        if is_parametrized(modules[path], tensor):  # to set it writes into what it is made of
+            computed = modules[path].get_submodule(f"parametrizations.{tensor}")
+            copied.update(id(original) for original in computed.parameters())
     shared = {id(x): x for x in network.parameters() if id(x) not in copied}
     return copy.deepcopy(network, shared)
 

@@ -327,7 +327,8 @@ class Graph:
             if not depthwise and (module.transposed or node.type == OPTYPE.DEPTHWISE_CONV):
                 return f"tied to '{name}', a grouped convolution whose parts cannot be aligned"
         together = normalised_together(module)
-        if any(place // together * together not in positions for place in positions if together):
+        groups = {place // together for place in positions} if together else set()
+        if any(n * together + x not in positions for n in groups for x in range(together)):
             return f"tied to '{name}', a GroupNorm that mixes them with channels of other layers"
         if isinstance(module, nn.LayerNorm) and len(module.normalized_shape) > 1:
             return f"tied to '{name}', a LayerNorm over more than the channels"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from lightning_wgsef import group_parameters
+from tests.helpers.groups import raises_naming
 from tests.helpers.removal import removal
 
 IMAGES = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -125,3 +126,21 @@ def test_a_norm_that_a_forward_calls_is_named() -> None:
     groups = group_parameters(Called(), "structure", include="a", example_input=IMAGES)
     reason = "NativeGroupNorm, called by a forward, normalises over these channels"
     assert groups.layers[0].obstacle == reason
+
+
+def test_a_group_of_the_norm_that_two_layers_share_stays() -> None:
+    """Of 12 channels in 3 groups the first layer makes 6: it has no half of the second group."""
+
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 6, 1)
+            self.norm, self.out = nn.GroupNorm(3, 12), nn.Conv2d(12, 2, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            both = torch.cat([self.a(images), self.b(images)], 1)
+            outputs: Tensor = self.out(functional.relu(self.norm(both)))
+            return outputs
+
+    with raises_naming("a: tied to 'norm', a GroupNorm that mixes", "b: tied to 'norm'"):
+        group_parameters(Joined(), "structure", example_input=IMAGES)
