@@ -338,12 +338,8 @@ class Graph:
         if name or node.grad_fn in self.inside:
             return ""
         if (part := padded_part(node)) is not None:
-            beside = [place for place in positions if place not in part]
-            return (
-                "in their place zeros are padded to other channels, as many as ever"
-                if beside
-                else ""
-            )
+            inside = all(place in part for place in positions)
+            return "" if inside else "zeros are padded beside other channels where they are"
         return flatten_obstacle(node, positions) or operation_obstacle(node, max(positions) + 1)
 
 

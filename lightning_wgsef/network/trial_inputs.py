@@ -11,10 +11,7 @@ from torch import Tensor, nn
 
 from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph
 from lightning_wgsef.network.equivalence import Outputs, layer_outputs, trained
-from lightning_wgsef.network.example_input import (
-    accepted_variation,
-    doubled,
-)
+from lightning_wgsef.network.example_input import accepted_variation, doubled
 from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
 from lightning_wgsef.network.layers import WeightedLayer, weighted_layers
 from lightning_wgsef.network.variations import variations
@@ -137,7 +134,7 @@ class TrialInputs:
         layers = {layer.name: layer for layer in weighted_layers(self.network)}
         parts: dict[tuple[str, str], list[WeightedLayer]] = {}
         for name in (name for own in self.idle.values() for name in own):
-            owner = next(x for x in _around(name) if x in graph.results)
+            owner = next((x for x in _around(name) if x in graph.results), "")
             child = name.removeprefix(f"{owner}.").partition(".")[0]
             parts.setdefault((owner, f"{owner}.{child}".lstrip(".")), []).append(layers[name])
         for (owner, part), own in parts.items():

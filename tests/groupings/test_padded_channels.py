@@ -49,7 +49,7 @@ def test_channels_of_the_first_stage_are_followed_through_all():
     assert counts == {"stem": 8, **inner}
     assert not found.obstacles
     for stays in ("blocks.1.conv2", "blocks.2.conv2", "blocks.3.conv2"):
-        assert "zeros are padded to other channels" in found.groups.left_out[stays]
+        assert "zeros are padded beside other channels" in found.groups.left_out[stays]
     widths = [found.small.blocks[n].conv2.out_channels for n in range(4)]
     assert (found.small.stem.out_channels, widths) == (4, [4, 12, 28, 28])
     assert found.small.out.in_features == 28
