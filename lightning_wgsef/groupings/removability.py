@@ -305,7 +305,8 @@ def zero_invariance(model: nn.Module, groups: Groups, example_input: Any) -> dic
             else as_channels(graph, layer)
             for layer in channels
         ]
-        found = [x if x.obstacle else replace(x, obstacle=trial.given(graph, x)) for x in found]
+        if _some_do_not_run(graph):
+            found = [x if x.obstacle else replace(x, obstacle=trial.given(graph, x)) for x in found]
         causes.update({x.layer.name: x.obstacle for x in found})
         pending = {x.layer.name: x for x in found if not x.obstacle}
 
@@ -395,9 +396,6 @@ class _Trial:
 
     def given(self, graph: Graph, found: Removable) -> str:
         """Say which part of the network that does not run may be given these channels."""
-        layers = (x.module for x in weighted_layers(graph.model) if not x.problem)
-        if all(module in graph.engine.module2node for module in layers):
-            return ""
         part = self._inputs.idle_user(graph, found.tied)
         return part and (
             f"'{part}', which ran on no variation of example_input, may read its channels; take it "
@@ -469,6 +467,11 @@ class _Trial:
         except Exception as error:  # a cut that does not fit may end in anything
             return f"the network does not run without them: {reason_of(error)}"
         return _CHANGED if differs else ""
+
+
+def _some_do_not_run(graph: Graph) -> bool:
+    layers = (x.module for x in weighted_layers(graph.model) if not x.problem)
+    return any(module not in graph.engine.module2node for module in layers)
 
 
 def _reader(layer: GroupedLayer) -> str:

@@ -255,7 +255,9 @@ def _projections(module: nn.Module, names: ProjectionNames) -> dict[str, nn.Modu
 def _inner(module: nn.Module, path: str) -> nn.Module | None:
     """The module at ``path``, without wrappers; None if there is none."""
     for part in path.split("."):
-        child = dict(module.named_children()).get(part)  # `_modules` may be no dict
+        if part not in module._modules:  # of TorchScript it is no dict, and has no get
+            return None
+        child = module._modules[part]
         if child is None:
             return None
         module = unwrap(child)

@@ -380,7 +380,7 @@ def observed(
             reentrant = torch.utils.checkpoint.CheckpointFunction
             undo.enter_context(patch.object(reentrant, "apply", _without_checkpoint))
         # Of several operations of a compiled module it makes one, after some passes.
-        undo.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]
+        undo.enter_context(torch.jit.optimized_execution(False))  # type: ignore[attr-defined]  # torch names it in no __all__
         for name, module in modules.items():
             if before is not None:
                 undo.callback(add_call_hook(module, partial(before, name)).remove)

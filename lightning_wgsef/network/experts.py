@@ -144,7 +144,9 @@ def _router(
     """Find the layer with a row for every expert, beside the experts."""
     inside, found = set(experts.modules()), []
     for path, module in parent.named_modules():
-        weight = dict(module.named_parameters(recurse=False)).get("weight")
+        if "weight" not in module._parameters:  # of TorchScript it is no dict, and has no get
+            continue
+        weight = module._parameters["weight"]
         if not path or path.count(".") > 1 or module in inside or weight is None:
             continue
         if not is_lazy(weight) and weight.dim() == 2 and len(weight) == count:

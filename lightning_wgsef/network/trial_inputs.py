@@ -13,7 +13,7 @@ from lightning_wgsef.network.dependency_graph import CoupledChannels, Graph
 from lightning_wgsef.network.equivalence import Outputs, layer_outputs, trained
 from lightning_wgsef.network.example_input import accepted_variation, doubled
 from lightning_wgsef.network.interface import InterfaceObserver, idle_parts
-from lightning_wgsef.network.layers import WeightedLayer, weighted_layers
+from lightning_wgsef.network.layers import weighted_layers
 from lightning_wgsef.network.variations import variations
 
 _MOST_CHECKS = 32
@@ -63,8 +63,11 @@ class TrialInputs:
         for example in (doubled(example_input, self.examples[-1]), *self.examples):
             if self._trains(example):
                 break
-        names = [layer.name for layer in weighted_layers(network) if not layer.problem]
-        self.idle = dict(idle_parts(names, self._ran))
+        layers = {layer.name: layer for layer in weighted_layers(network) if not layer.problem}
+        self.idle = dict(idle_parts(list(layers), self._ran))
+        idle = [name for own in self.idle.values() for name in own]
+        # As they stay: what did not run is not cut.
+        self._widths = {name: (layers[name].inputs, layers[name].outputs) for name in idle}
 
     def _run(self, network: nn.Module, example: Any) -> Outputs:
         """Run the network or a copy on an input, and note the layers that run."""
@@ -130,15 +133,16 @@ class TrialInputs:
         Returns:
             The name; "" where there is no such part.
         """
+        if not self.idle:
+            return ""
         widths = {graph.width(side) for side in tied.positions} - {None, 0, 1}
-        layers = {layer.name: layer for layer in weighted_layers(self.network)}
-        parts: dict[tuple[str, str], list[WeightedLayer]] = {}
-        for name in (name for own in self.idle.values() for name in own):
+        parts: dict[tuple[str, str], list[str]] = {}
+        for name in self._widths:
             owner = next((x for x in _around(name) if x in graph.results), "")
             child = name.removeprefix(f"{owner}.").partition(".")[0]
-            parts.setdefault((owner, f"{owner}.{child}".lstrip(".")), []).append(layers[name])
+            parts.setdefault((owner, f"{owner}.{child}".lstrip(".")), []).append(name)
         for (owner, part), own in parts.items():
-            read, made = own[0].inputs, own[-1].outputs
+            read, made = self._widths[own[0]][0], self._widths[own[-1]][1]
             fits = any(read % width == 0 or made == width for width in widths if width)
             if fits and graph.has_at_hand(owner, tied):
                 return part

@@ -162,4 +162,5 @@ def test_half_of_what_is_made_of_a_channel_stays():
 
 @pytest.mark.parametrize("grouping", ["filter", "channel"])
 def test_other_groupings_say_what_is_so(grouping):
-    removal(EEGNet(), TRIALS, grouping)
+    found = removal(EEGNet(), TRIALS, grouping)  # what is called removable is gone
+    assert all(layer.removable != bool(layer.obstacle) for layer in found.groups.layers)

@@ -109,7 +109,8 @@ def test_a_layer_reads_them_with_the_zeros():
 
 @pytest.mark.parametrize("grouping", ["filter", "channel"])
 def test_other_groupings(grouping):
-    removal(ResNet(), IMAGES, grouping)
+    found = removal(ResNet(), IMAGES, grouping)  # what is called removable is gone
+    assert all(layer.removable != bool(layer.obstacle) for layer in found.groups.layers)
 
 
 def test_steps():
